@@ -1,0 +1,184 @@
+"""The grammar of --method and --ratio (docs/cli.md). Knows texts only: no registry, no torch.
+
+METHODS := METHOD ("," METHOD)*      METHOD := PART ("+" PART)*      PART := SOURCE [":" SETTING ("," SETTING)*]
+A comma piece that begins with `KEY=` belongs to the part before it; any other piece begins a new method.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
+
+from kvcli.errors import KvcliError
+
+_KEY = re.compile(r"\s*[A-Za-z_][\w.]*\s*=")
+_FILE = re.compile(r"(?P<source>(?:[.~]|/).*?\.py:[A-Za-z_]\w*)(?::(?P<rest>.*))?\Z", re.S)
+_KVPRESS = re.compile(r"(?P<source>kvpress:[A-Za-z_]\w*)(?::(?P<rest>.*))?\Z", re.S)
+_NAME = re.compile(r"(?P<source>[A-Za-z_][\w-]*)(?::(?P<rest>.*))?\Z", re.S)
+_PLAIN = re.compile(r"[^,+|'\"\s]+\Z")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One method name (or file:class) with the settings typed for it, as text."""
+
+    source: str
+    settings: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        if not self.settings:
+            return self.source
+        return self.source + ":" + ",".join(f"{k}={_quote(v)}" for k, v in self.settings)
+
+
+@dataclass(frozen=True)
+class MethodText:
+    """Parts joined by '+', applied left to right."""
+
+    parts: tuple[Part, ...]
+
+    def __str__(self) -> str:
+        return "+".join(str(part) for part in self.parts)
+
+
+def _quote(value: str) -> str:
+    if _PLAIN.match(value):
+        return value
+    return f"'{value}'" if "'" not in value else f'"{value}"'
+
+
+def _split(text: str, separator: str, given: str) -> list[str]:
+    """Splits at a separator outside quotes."""
+    pieces, start, quote = [], 0, ""
+    for i, char in enumerate(text):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        elif char == separator:
+            pieces.append(text[start:i])
+            start = i + 1
+    if quote:
+        raise KvcliError("a quote is not closed", given=given, fix=f"add the missing {quote}")
+    return [*pieces, text[start:]]
+
+
+def _setting(text: str, given: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    key, value = key.strip(), value.strip()
+    if not equals or not key or not value:
+        raise KvcliError(f"'{text.strip()}' is not a setting", given=given, fix="write KEY=VALUE, as in snapkv:window=16")
+    if value[0] in "'\"":
+        if len(value) < 2 or value[-1] != value[0] or value[0] in value[1:-1]:
+            raise KvcliError(f"the quotes of '{text.strip()}' do not match", given=given, fix="write KEY='VALUE'")
+        return key, value[1:-1]
+    if "'" in value or '"' in value:
+        raise KvcliError(f"the quotes of '{text.strip()}' do not match", given=given, fix="write KEY='VALUE'")
+    return key, value
+
+
+def _part(text: str, given: str) -> Part:
+    text = text.strip()
+    for pattern in (_FILE, _KVPRESS, _NAME):
+        match = pattern.match(text)
+        if match:
+            break
+    else:
+        hint = "a file method needs its class, as in ./mine.py:MyMethod" if ".py" in text else "kvcli list methods"
+        raise KvcliError(f"'{text}' is not a method", given=given, fix=hint)
+    source, rest = match["source"], match["rest"]
+    if pattern is _NAME:
+        source = source.replace("-", "_")
+    if rest is None:
+        return Part(source)
+    if not rest.strip():
+        raise KvcliError(f"no setting after '{source}:'", given=given, fix=f"{source} or {source}:KEY=VALUE")
+    settings = [_setting(piece, given) for piece in _split(rest, ",", given)]
+    keys = [k for k, _ in settings]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise KvcliError(f"setting '{key}' is given twice", given=given, fix=f"keep one {key}=")
+    return Part(source, tuple(settings))
+
+
+def parse_methods(texts: Iterable[str]) -> list[MethodText]:
+    """All methods of one or more --method options, in order, duplicates dropped.
+
+    Raises KvcliError for text outside the grammar.
+    """
+    methods: list[MethodText] = []
+    for text in texts:
+        given = f"--method {text}"
+        whole: list[str] = []
+        for piece in _split(text, ",", given):
+            if not piece.strip():
+                raise KvcliError("an empty method name", given=given, fix="remove the extra comma")
+            if _KEY.match(piece) and whole:
+                whole[-1] += "," + piece
+            elif _KEY.match(piece):
+                raise KvcliError(f"setting '{piece}' has no method before it", given=given, fix=f"snapkv:{piece}")
+            else:
+                whole.append(piece)
+        for method in whole:
+            parsed = MethodText(tuple(_part(part, given) for part in _split(method, "+", given)))
+            if parsed not in methods:
+                methods.append(parsed)
+    return methods
+
+
+def _decimal(text: str, option: str, given: str) -> Decimal:
+    try:
+        value = Decimal(text.strip())
+    except InvalidOperation:
+        value = Decimal("NaN")
+    if not value.is_finite():
+        raise KvcliError(f"'{text.strip()}' is not a number", given=given, fix=f"{option} 0.1,0.5 or {option} 0.1..0.9:0.1")
+    return value
+
+
+def _in_range(value: Decimal, option: str, given: str) -> Decimal:
+    if not 0 < value <= 1:
+        fix = f"a kept ratio is above 0 and at most 1: {option} 0.2 keeps 20 %"
+        raise KvcliError(f"ratio {value} is out of range", given=given, fix=fix)
+    return value.normalize()
+
+
+def parse_ratios(texts: Iterable[str], option: str = "--ratio") -> list[Decimal]:
+    """Kept ratios, ascending, exact decimals: `0.1,0.5` and `0.1..0.9:0.1` (both ends included)."""
+    found: set[Decimal] = set()
+    for text in texts:
+        given = f"{option} {text}"
+        for piece in text.split(","):
+            if ".." not in piece:
+                found.add(_in_range(_decimal(piece, option, given), option, given))
+                continue
+            ends, colon, step_text = piece.partition(":")
+            low_text, _, high_text = ends.partition("..")
+            low, high = (_in_range(_decimal(t, option, given), option, given) for t in (low_text, high_text))
+            if not colon:
+                raise KvcliError(f"range '{piece}' has no step", given=given, fix=f"{option} {low}..{high}:0.1")
+            step = _decimal(step_text, option, given)
+            if low > high:
+                raise KvcliError(f"range '{piece}' descends", given=given, fix=f"{option} {high}..{low}:{abs(step)}")
+            if step <= 0:
+                raise KvcliError(f"step {step} is not above 0", given=given, fix=f"{option} {low}..{high}:0.1")
+            count = int((high - low) / step)
+            if count > 1000:
+                raise KvcliError(f"range '{piece}' has {count + 1} ratios", given=given, fix="a larger step")
+            if low + count * step != high:
+                fix = f"{option} {low}..{low + count * step}:{step}"
+                raise KvcliError(f"range '{piece}' does not end on {high}", given=given, fix=fix)
+            found.update((low + i * step).normalize() for i in range(count + 1))
+    return sorted(found)
+
+
+def ratio_text(ratio: Decimal) -> str:
+    """'0.1', '1': the one spelling used in ids, records and tables."""
+    return format(ratio.normalize(), "f")
+
+
+def round_half_up(value: Decimal) -> int:
+    """Rounds an exact decimal, .5 upwards: the one rounding rule of budgets."""
+    return int(value.quantize(Decimal(1), rounding=ROUND_HALF_UP))

@@ -1,0 +1,101 @@
+"""What a method may read about one prompt: captured statistics, keys and values of all layers, spans."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Span = tuple[int, int]
+"""[start, end) in token positions."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A named stretch of the prompt: system, context, shot (with index), question or special."""
+
+    kind: str
+    start: int
+    end: int
+    index: int = -1
+
+    @property
+    def label(self) -> str:
+        return f"shot {self.index}" if self.kind == "shot" else self.kind
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+@dataclass
+class Context:
+    """Read-only view of one prefilled prompt of n tokens.
+
+    keys, values: per layer [H_kv, n, D] (after RoPE). column_sums[name]: per layer [H, n] float32, each key's total
+    attention over the queries of that name ('all', 'question'). window_queries: per layer [H, w, D], the rotated
+    queries of the last w positions. Regions cover 0..n-1 without gaps, in order.
+    """
+
+    n: int
+    heads: int
+    kv_heads: int
+    token_ids: list[int]
+    regions: list[Region]
+    keys: list[Tensor]
+    values: list[Tensor]
+    column_sums: dict[str, list[Tensor]]
+    window_queries: list[Tensor]
+    scaling: list[float]
+    sample_id: str
+    seed: int
+    unit_text: Callable[[Span], str] | None = None
+    """Text of a token span, for cutting passages into sentences."""
+    _windows: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def layers(self) -> int:
+        return len(self.keys)
+
+    def column_sum(self, layer: int, queries: str = "all") -> Tensor:
+        """[H, n] float32: attention each key received, summed over all prompt queries (or the question's)."""
+        return self.column_sums[queries][layer]
+
+    def window_attention(self, layer: int, window: int) -> Tensor:
+        """[H, w, n] float32: causal attention of the last w = min(window, n) queries over all keys."""
+        w = min(window, self.n)
+        if (layer, w) not in self._windows:
+            queries = self.window_queries[layer][:, -w:].float()
+            keys = self.keys[layer].float().repeat_interleave(self.heads // self.kv_heads, 0)
+            scores = queries @ keys.transpose(-1, -2) * self.scaling[layer]
+            future = torch.ones(w, w, dtype=torch.bool, device=scores.device).triu(1)
+            scores[:, :, self.n - w :].masked_fill_(future, float("-inf"))
+            self._windows[layer, w] = scores.softmax(-1)
+        return self._windows[layer, w]
+
+    def per_kv_head(self, score: Tensor, reduce: str = "mean") -> Tensor:
+        """[H, ...] -> [H_kv, ...]: mean or max over each group of query heads that share a KV head."""
+        grouped = score.unflatten(0, (self.kv_heads, self.heads // self.kv_heads))
+        return grouped.mean(1) if reduce == "mean" else grouped.amax(1)
+
+    def generator(self, *salt: object) -> torch.Generator:
+        """A CPU generator fixed by the cell's seed, the sample and the salt: batching cannot change a draw."""
+        text = "\0".join(map(str, (self.seed, self.sample_id, *salt)))
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+        return torch.Generator().manual_seed(number)
+
+    def shots(self) -> list[list[Span]]:
+        """Each shot's spans (a shot may stand in several places), in order of its index."""
+        spans: dict[int, list[Span]] = {}
+        for region in self.regions:
+            if region.kind == "shot":
+                spans.setdefault(region.index, []).append((region.start, region.end))
+        return [spans[i] for i in sorted(spans)]
+
+    def spans(self, *kinds: str) -> list[Span]:
+        return [(r.start, r.end) for r in self.regions if r.kind in kinds]

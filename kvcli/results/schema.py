@@ -1,0 +1,57 @@
+"""The record: one JSON line per cell and sample (docs/results.md). Fields may be null until the part that fills them exists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SCHEMA = 1
+FLAGS = ("noop", "over_budget", "fallback", "unreachable", "simulated")
+
+FIELDS: dict[str, str] = {
+    "schema": "version of this table",
+    "cell_id": "hash of everything that changes results",
+    "sample_id": "the task's name for the sample",
+    "task": "task name",
+    "ability": "what the task measures",
+    "method": "canonical text of the method",
+    "settings": "all settings of the method, defaults included",
+    "ratio": "requested kept ratio r_p; null where --budget or no ratio was asked for",
+    "budget": "requested KV pairs per layer and KV head; null with --ratio",
+    "measured_ratio": "bytes of the compressed prompt cache over bytes of the full 16-bit prompt cache",
+    "kept": "mean KV pairs kept per layer and KV head",
+    "first_token": "compressed | prefill | n/a",
+    "query": "aware | agnostic",
+    "decode": "settings of decode-phase compression; null = off",
+    "shots": "number of exemplars in the prompt",
+    "seed": "seed of random methods and sampling",
+    "status": "ok | error",
+    "error": "message of a failed sample, else null",
+    "score": "0..1",
+    "metric": "what score is",
+    "output": "generated text",
+    "extracted": "answer found in it; null = none",
+    "target": "the right answer",
+    "cluster": "samples that belong together in the statistics; null = each its own",
+    "finish": "stop | eos | length",
+    "n_prompt": "prompt tokens n",
+    "n_new": "generated tokens",
+    "flags": "list out of " + " ".join(FLAGS),
+    "kv_bytes": "{full, prefill, end}: 16-bit payload of the dense prompt cache, of the kept part, of the row at its end",
+    "alloc_bytes": "bytes the engine's padded batch really held for this row",
+    "kept_by_region": "{region: share kept}, mean over layers and KV heads",
+    "fidelity": "{kl, top1, nll, first_divergence}: against full's own output; null until measured",
+    "seconds": "{prefill, select, decode, shared}: shared=true: times of the engine, not of the method",
+    "prompt_sha": "key into prompts.jsonl",
+    "batch_id": "the decode batch the row was in",
+}
+
+KEY = ("cell_id", "sample_id")
+TIMES = ("seconds",)
+"""Fields in which a repeated run may differ."""
+
+
+def check_record(record: dict[str, Any]) -> None:
+    """Raises ValueError naming the missing or unknown fields of a record about to be written."""
+    missing, extra = FIELDS.keys() - record.keys(), record.keys() - FIELDS.keys()
+    if missing or extra:
+        raise ValueError(f"record fields: missing {sorted(missing)}, unknown {sorted(extra)}")
