@@ -20,11 +20,14 @@ class Budget:
     layers: int
     kv_heads: int
     strict_window: bool = False
+    requested_all: bool = False
+    """True where the request itself was to keep everything (ratio 1), so that keeping all is no `noop`."""
 
     @classmethod
     def of_ratio(cls, ratio: Decimal, n: int, layers: int, kv_heads: int, strict_window: bool = False) -> Budget:
         """round_half_up(ratio * n) on exact decimals, at least one."""
-        return cls.of_size(max(1, round_half_up(ratio * n)), n, layers, kv_heads, strict_window)
+        size = max(1, round_half_up(ratio * n))
+        return cls(n, min(n, size), layers, kv_heads, strict_window, requested_all=ratio == 1)
 
     @classmethod
     def of_size(cls, size: int, n: int, layers: int, kv_heads: int, strict_window: bool = False) -> Budget:

@@ -27,9 +27,10 @@ def setting(
     ge: float | None = None,
     le: float | None = None,
     choices: Sequence[str] | None = None,
+    odd: bool = False,
 ) -> Any:
     """A dataclass field that users set as `method:name=value`, with its stated range."""
-    return field(default=default, metadata={"help": help, "ge": ge, "le": le, "choices": choices})
+    return field(default=default, metadata={"help": help, "ge": ge, "le": le, "choices": choices, "odd": odd or None})
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Method(ABC):
     tier: ClassVar[int] = 3
     kind: ClassVar[str] = "evict"
     phases: ClassVar[tuple[str, ...]] = ("prefill",)
-    scope: ClassVar[str] = "head"
+    budget_scope: ClassVar[str] = "head"
     """Where the budget binds: head, layer or model."""
     domain: ClassVar[Domain] = Domain()
     sharing: ClassVar[int] = 1
@@ -90,7 +91,7 @@ class Method(ABC):
         """All declared facts, for `list methods --json` and the fidelity cards."""
         return {
             "name": cls.name, "title": cls.title, "paper": cls.paper, "tier": cls.tier, "kind": cls.kind,
-            "phases": list(cls.phases), "scope": cls.scope, "domain": dataclasses.asdict(cls.domain),
+            "phases": list(cls.phases), "budget_scope": cls.budget_scope, "domain": dataclasses.asdict(cls.domain),
             "sharing": cls.sharing, "protects": cls.protects, "seeded": cls.seeded,
             "settings": [
                 {"name": f.name, "default": f.default, **{k: v for k, v in f.metadata.items() if v is not None}}

@@ -9,28 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvcli.spans import Region as Region
+from kvcli.spans import Span as Span
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-Span = tuple[int, int]
-"""[start, end) in token positions."""
-
-
-@dataclass(frozen=True)
-class Region:
-    """A named stretch of the prompt: system, context, shot (with index), question or special."""
-
-    kind: str
-    start: int
-    end: int
-    index: int = -1
-
-    @property
-    def label(self) -> str:
-        return f"shot {self.index}" if self.kind == "shot" else self.kind
-
-    def __len__(self) -> int:
-        return self.end - self.start
 
 
 @dataclass
@@ -54,8 +37,8 @@ class Context:
     scaling: list[float]
     sample_id: str
     seed: int
-    unit_text: Callable[[Span], str] | None = None
-    """Text of a token span, for cutting passages into sentences."""
+    token_text: Callable[[int], str] | None = None
+    """Text of one token, white space included, for cutting passages into sentences."""
     _windows: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
 
     @property

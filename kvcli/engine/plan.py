@@ -1,0 +1,169 @@
+"""From a config to cells, prefill batches and decode batches. A function of the config alone; knows no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from kvcli.config import SweepConfig, stable_hash
+from kvcli.evals.spec import Task
+from kvcli.grammar import MethodText, parse_methods
+from kvcli.methods import catalog
+from kvcli.methods.base import Method
+
+MAX_DECODE_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Everything that changes results, for one curve point; `id` is the hash of `key`."""
+
+    id: str
+    task: str
+    shots: int
+    method: str
+    ratio: str | None
+    budget: int | None
+    first_token: str
+    seed: int | None
+    key: dict[str, Any]
+
+    @property
+    def prompt_key(self) -> tuple[str, int]:
+        """Cells with the same one share prompts, and so prefills."""
+        return self.task, self.shots
+
+    def describe(self) -> dict[str, Any]:
+        return dict(self.key)
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """Rows (index of the sample in its prefill batch, cell) that decode together."""
+
+    id: str
+    rows: tuple[tuple[int, Cell], ...]
+
+
+@dataclass(frozen=True)
+class PrefillBatch:
+    """Samples [start, end) of one prompt set, prefilled together for all its cells of one generation of the grid."""
+
+    id: str
+    task: str
+    shots: int
+    start: int
+    end: int
+    cells: tuple[Cell, ...]
+
+    def decode_batches(self, rows: int) -> Iterator[DecodeBatch]:
+        """Rows in order of falling ratio, so that rows of one batch are about equally long."""
+        order = sorted(self.cells, key=lambda c: (-_expected(c), c.method, c.first_token, c.seed or 0))
+        every = [(i, cell) for cell in order for i in range(self.end - self.start)]
+        for number, at in enumerate(range(0, len(every), rows)):
+            yield DecodeBatch(f"{self.id}-d{number:03d}", tuple(every[at : at + rows]))
+
+
+def _expected(cell: Cell) -> float:
+    return float(cell.ratio) if cell.ratio is not None else 2.0 if cell.method == "full" else 1.5
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One state of a grid that grew: the cells asked for then and how many samples per task."""
+
+    cells: tuple[str, ...]
+    limit: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    cells: dict[str, Cell]
+    batches: tuple[PrefillBatch, ...]
+    samples: dict[tuple[str, int], int]
+    """Samples per prompt set."""
+
+    @property
+    def records(self) -> int:
+        return sum((b.end - b.start) * len(b.cells) for b in self.batches)
+
+
+def make_cells(config: SweepConfig, tasks: Iterable[Task], facts: dict[str, Any]) -> list[Cell]:
+    """All cells of the grid, `full` first. facts: model identity and template, part of every key."""
+    methods = [(text, catalog.build(text)) for text in parse_methods(config.methods)]
+    full = parse_methods(["full"])[0]
+    if config.full:
+        methods = [(full, catalog.build(full)), *[m for m in methods if m[0] != full]]
+    cells: dict[str, Cell] = {}
+    for task in tasks:
+        for shots in config.shots or (task.shots,):
+            for first_token in config.first_token:
+                for text, method in methods:
+                    for cell in _method_cells(config, task, shots, first_token, text, method, facts):
+                        cells.setdefault(cell.id, cell)
+    return list(cells.values())
+
+
+def _method_cells(
+    config: SweepConfig, task: Task, shots: int, first_token: str, text: MethodText, method: Method, facts: dict[str, Any]
+) -> Iterator[Cell]:
+    sizes: list[tuple[str | None, int | None]]
+    if method.domain.kind == "continuous":
+        sizes = [(r, None) for r in config.ratios] + [(None, b) for b in config.budgets]
+    else:
+        sizes = [("1", None)] if method.domain.points == (1.0,) else [(None, None)]
+    for ratio, budget in sizes:
+        for seed in config.seeds if method.seeded else (None,):
+            key = {
+                **facts,
+                "task": task.name, "task_version": task.version, "shots": shots, "shot_seed": config.shot_seed,
+                "method": str(text), "method_code": catalog.code_hash(text), "ratio": ratio, "budget": budget,
+                "strict_window": config.strict_window, "first_token": first_token, "query": "aware", "decode": None,
+                "seed": seed, "max_new_tokens": config.max_new_tokens or task.max_new_tokens,
+                "max_prompt_tokens": config.max_prompt_tokens, "ignore_eos": config.ignore_eos,
+            }  # fmt: skip
+            yield Cell(stable_hash(key), task.name, shots, str(text), ratio, budget, first_token, seed, key)
+
+
+def make_plan(
+    cells: Sequence[Cell], generations: Sequence[Generation], available: dict[tuple[str, int], int], prefill_rows: int
+) -> Plan:
+    """Prefill batches per generation: what each added to those before it.
+
+    available: samples each prompt set has. Batches depend on the generations alone, not on what is already recorded,
+    so a resumed run forms the same ones.
+    """
+    by_id = {cell.id: cell for cell in cells}
+    covered: dict[str, int] = {}
+    batches: list[PrefillBatch] = []
+    for number, generation in enumerate(generations):
+        asked = [by_id[i] for i in generation.cells if i in by_id]
+        for prompt_key in dict.fromkeys(cell.prompt_key for cell in asked):
+            count = min(available[prompt_key], generation.limit or available[prompt_key])
+            group = [c for c in asked if c.prompt_key == prompt_key and covered.get(c.id, 0) < count]
+            batches += _batches(number, prompt_key, group, covered, count, prefill_rows)
+            covered.update((c.id, count) for c in group)
+    return Plan(by_id, tuple(batches), dict(available))
+
+
+def _batches(
+    number: int, prompt_key: tuple[str, int], group: list[Cell], covered: dict[str, int], count: int, rows: int
+) -> Iterator[PrefillBatch]:
+    """Cells that already have some samples get the rest; borders of batches lie on multiples of `rows`."""
+    task, shots = prompt_key
+    for start in range(0, count, rows):
+        end = min(count, start + rows)
+        by_first: dict[int, list[Cell]] = {}
+        for cell in group:
+            first = max(start, covered.get(cell.id, 0))
+            if first < end:
+                by_first.setdefault(first, []).append(cell)
+        for first, members in sorted(by_first.items()):
+            name = f"g{number}-{task}-s{shots}-p{first:05d}"
+            yield PrefillBatch(name, task, shots, first, end, tuple(members))
+
+
+def ratio_of(cell: Cell) -> Decimal | None:
+    return Decimal(cell.ratio) if cell.ratio is not None else None

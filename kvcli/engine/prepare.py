@@ -1,0 +1,137 @@
+"""From a config to everything a run needs except the weights: tasks, tokenizer, prompts, cells, plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvcli.config import SweepConfig, folder_hash
+from kvcli.engine.plan import Cell, Generation, Plan, make_cells, make_plan
+from kvcli.errors import KvcliError
+from kvcli.evals.loader import find_tasks
+from kvcli.evals.spec import Sample, Task
+from kvcli.grammar import parse_ratios, ratio_text
+from kvcli.methods import catalog
+from kvcli.models import loader
+from kvcli.models.source import ModelSource, fingerprint, parse_model
+
+if TYPE_CHECKING:
+    from kvcli.models.prompt import Prompt
+
+DEFAULT_METHODS = ("tier1",)
+DEFAULT_RATIOS = ("0.1..0.9:0.2",)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A config whose texts were checked and put into canonical form; no torch, no tokenizer yet."""
+
+    config: SweepConfig
+    source: ModelSource
+    tasks: tuple[Task, ...]
+    out: str
+
+
+@dataclass
+class PromptSet:
+    """The samples and prompts of one task at one number of shots."""
+
+    task: Task
+    shots: int
+    samples: list[Sample]
+    prompts: list[Prompt]
+
+
+@dataclass
+class Prepared:
+    request: Request
+    model_config: Any
+    tokenizer: Any
+    dtype: str
+    device: str
+    identity: dict[str, Any]
+    cells: list[Cell]
+    prompt_sets: dict[tuple[str, int], PromptSet]
+
+    def plan(self, generations: Sequence[Generation]) -> Plan:
+        available = {key: len(s.samples) for key, s in self.prompt_sets.items()}
+        return make_plan(self.cells, generations, available, self.request.config.prefill_batch)
+
+
+def check(config: SweepConfig) -> Request:
+    """Everything that can be checked without torch. Raises KvcliError."""
+    source = parse_model(config.model)
+    methods = [str(m) for m in catalog.expand(config.methods or DEFAULT_METHODS)]
+    if config.ratios and config.budgets:
+        given = f"--ratio {','.join(config.ratios)} --budget {','.join(map(str, config.budgets))}"
+        raise KvcliError("--ratio and --budget exclude each other", given=given, fix="keep one of them")
+    ratios = () if config.budgets else tuple(map(ratio_text, parse_ratios(config.ratios or DEFAULT_RATIOS)))
+    _positive("--limit", config.limit)
+    _positive("--max-new-tokens", config.max_new_tokens)
+    _positive("--max-prompt-tokens", config.max_prompt_tokens)
+    _positive("--threads", config.threads)
+    _positive("--decode-batch", config.decode_batch)
+    _positive("--prefill-batch", config.prefill_batch)
+    for name, values in (("--budget", config.budgets), ("--shots", tuple(s + 1 for s in config.shots))):
+        for value in values:
+            _positive(name, value, shift=1 if name == "--shots" else 0)
+    _one_of("--dtype", config.dtype, loader.DTYPES)
+    _one_of("--template", config.template, ("auto", "chat", "raw"))
+    _one_of("--attn", config.attn, ("auto", "flash", "sdpa", "blockwise", "reference"))
+    for mode in config.first_token:
+        _one_of("--first-token", mode, ("compressed", "prefill"))
+    tasks = tuple(find_tasks(config.tasks or (("testbed",) if source.kind == "testbed" else ("gsm8k",))))
+    config = dataclasses.replace(
+        config, methods=tuple(methods), ratios=ratios, tasks=tuple(t.name for t in tasks),
+        seeds=tuple(dict.fromkeys(config.seeds)), shots=tuple(dict.fromkeys(config.shots)),
+        first_token=tuple(dict.fromkeys(config.first_token)),
+    )  # fmt: skip
+    return Request(config, source, tasks, config.out or f"runs/{source.short}-{folder_hash(config)}")
+
+
+def _positive(option: str, value: float | None, shift: int = 0) -> None:
+    if value is not None and value <= 0:
+        given = f"{option} {value - shift}"
+        raise KvcliError(f"{option} must be at least {1 - shift}", given=given, fix=f"{option} {20 if option == '--limit' else 1}")
+
+
+def _one_of(option: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise KvcliError(f"{option} '{value}' is not known", given=f"{option} {value}", fix=" | ".join(choices))
+
+
+def prepare(request: Request, limit: int | None, say: Callable[[str], None] = lambda text: None) -> Prepared:
+    """Loads config, tokenizer and data and builds every prompt. limit: samples per task over all generations.
+
+    Raises KvcliError for data that cannot be read and for a prompt that does not fit the model.
+    """
+    from kvcli.models.prompt import build_prompt
+
+    config = request.config
+    model_config = loader.load_config(request.source, trust_remote_code=config.trust_remote_code)
+    tokenizer = loader.load_tokenizer(request.source, config.tokenizer, trust_remote_code=config.trust_remote_code)
+    if request.source.kind == "random":
+        loader.resize(model_config, request.source, len(tokenizer))
+    device = loader.pick_device(config.device)
+    dtype = loader.pick_dtype(config.dtype, device, model_config)
+    identity = {**fingerprint(request.source), "tokenizer": config.tokenizer or "its own", "dtype": dtype}
+    facts = {**identity, "weights": "dense", "template": config.template}
+    cells = make_cells(config, request.tasks, facts)
+    context = getattr(model_config, "max_position_embeddings", None)
+    prompt_sets: dict[tuple[str, int], PromptSet] = {}
+    for task in request.tasks:
+        for shots in config.shots or (task.shots,):
+            say(f"reading {task.name}, {shots} shots")
+            samples = task.samples(shots=shots, shot_seed=config.shot_seed, limit=limit, data_dir=config.data_dir)
+            room = config.max_new_tokens or task.max_new_tokens
+            prompts = [
+                build_prompt(
+                    sample, tokenizer, template=config.template, chat_allowed=task.chat,
+                    max_prompt_tokens=config.max_prompt_tokens, context_limit=context and context - room,
+                )
+                for sample in samples
+            ]  # fmt: skip
+            prompt_sets[task.name, shots] = PromptSet(task, shots, samples, prompts)
+    return Prepared(request, model_config, tokenizer, dtype, device, identity, cells, prompt_sets)

@@ -1,0 +1,91 @@
+"""Builds the lines of samples.jsonl and prompts.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from kvcli.cache.kv_cache import STORED_BYTES, kept_counts, payload_bytes
+from kvcli.engine.generate import Generated
+from kvcli.engine.plan import Cell
+from kvcli.engine.prepare import PromptSet
+from kvcli.engine.selecting import kept_share
+from kvcli.evals.spec import Sample
+from kvcli.methods.base import Method, Selection
+from kvcli.results.schema import FIELDS, SCHEMA
+
+if TYPE_CHECKING:
+    from kvcli.models.prompt import Prompt
+
+SAVED_DIGITS = 6
+
+
+def _base(cell: Cell, prompts: PromptSet, sample: Sample, method: Method, batch: str) -> dict[str, Any]:
+    record: dict[str, Any] = dict.fromkeys(FIELDS)
+    record.update(
+        schema=SCHEMA, cell_id=cell.id, sample_id=sample.id, task=cell.task, ability=prompts.task.ability,
+        method=cell.method, settings=method.settings(), ratio=None if cell.ratio is None else float(cell.ratio),
+        budget=cell.budget, first_token=cell.first_token, query="aware", shots=cell.shots, seed=cell.seed,
+        metric=prompts.task.metric, target=sample.target, cluster=sample.cluster or None, flags=[], batch_id=batch,
+    )  # fmt: skip
+    return record
+
+
+def error_record(
+    cell: Cell, prompts: PromptSet, sample: Sample, method: Method, error: Exception, batch: str
+) -> dict[str, Any]:
+    """A sample that failed: status `error` and the message; a later run tries it again."""
+    record = _base(cell, prompts, sample, method, batch)
+    record.update(status="error", error=f"{type(error).__name__}: {error}")
+    return record
+
+
+def ok_record(
+    *, cell: Cell, prompts: PromptSet, sample: Sample, prompt: Prompt, method: Method, selection: Selection,
+    output: Generated, full: list[int] | None, dims: Sequence[tuple[int, int]], n: int, seconds: dict[str, Any],
+    alloc: int, batch: str,
+) -> dict[str, Any]:  # fmt: skip
+    """A finished sample. full: output ids of `full` in the same first-token mode, for the first divergence."""
+    record = _base(cell, prompts, sample, method, batch)
+    kv_heads = dims[0][0]
+    counts = [count for layer in kept_counts(selection.kept, kv_heads) for count in layer]
+    dense = n * sum(heads * width for heads, width in dims) * STORED_BYTES
+    kept = payload_bytes(selection.kept, dims)
+    token = dense // n
+    share = kept_share(selection.kept, kv_heads, n)
+    by_region: dict[str, tuple[float, int]] = {}
+    for region in prompt.regions:
+        total, size = by_region.get(region.label, (0.0, 0))
+        by_region[region.label] = (total + float(share[region.start : region.end].sum()), size + len(region))
+    score = prompts.task.score(sample, output.text)
+    record.update(
+        status="ok", score=round(score.value, SAVED_DIGITS), extracted=score.extracted, extra=score.extra,
+        output=output.text, output_ids=output.ids, finish=output.finish, n_prompt=n, n_new=len(output.ids),
+        measured_ratio=round(kept / dense, SAVED_DIGITS), kept=round(sum(counts) / len(counts), 3),
+        flags=sorted(selection.flags), notes=selection.notes,
+        kv_bytes={"full": dense, "prefill": kept, "end": kept + max(0, len(output.ids) - 1) * token},
+        alloc_bytes=alloc, kept_by_region={k: round(t / s, 4) for k, (t, s) in by_region.items() if s},
+        fidelity=_fidelity(output.ids, full), prompt_sha=prompt.sha,
+        seconds={k: v if isinstance(v, bool) else round(v, SAVED_DIGITS) for k, v in seconds.items()},
+    )  # fmt: skip
+    return record
+
+
+def _fidelity(ids: list[int], full: list[int] | None) -> dict[str, Any]:
+    """First token at which the output differs from full's; `identical` when none does."""
+    result: dict[str, Any] = {"kl": None, "top1": None, "nll": None, "first_divergence": None, "identical": None}
+    if full is not None:
+        same = next((i for i, (a, b) in enumerate(zip(ids, full, strict=False)) if a != b), min(len(ids), len(full)))
+        result["identical"] = ids == full
+        result["first_divergence"] = None if ids == full else same
+    return result
+
+
+def prompt_entry(prompts: PromptSet, sample: Sample, prompt: Prompt, store_harmful: bool) -> dict[str, Any]:
+    """One distinct prompt; the text of a harmful one only where asked for."""
+    hidden = prompts.task.harmful and not store_harmful
+    return {
+        "sha": prompt.sha, "task": prompts.task.name, "sample_id": sample.id, "n": len(prompt.ids),
+        "regions": [[r.label, r.start, r.end] for r in prompt.regions],
+        "text": None if hidden else prompt.text, "offsets": None if hidden else prompt.offsets,
+    }  # fmt: skip

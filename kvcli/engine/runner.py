@@ -1,0 +1,252 @@
+"""The loop: prefill once per batch of samples; per sample and cell select, fork, decode together, score, record."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from kvcli.attention.capture import Needs
+from kvcli.cache.budget import Budget
+from kvcli.cache.kv_cache import CompressedCache, Row
+from kvcli.engine.generate import Generated, Start, StopRules, end_tokens, generate
+from kvcli.engine.plan import Cell, DecodeBatch, Plan, PrefillBatch, ratio_of
+from kvcli.engine.prepare import PromptSet
+from kvcli.engine.records import error_record, ok_record, prompt_entry
+from kvcli.engine.selecting import positions_kept, select
+from kvcli.errors import Exit, KvcliError
+from kvcli.methods import catalog
+from kvcli.methods.base import Method, Selection
+from kvcli.methods.context import Context
+from kvcli.models.wrapper import Model, Prefilled
+
+Key = tuple[str, str]
+
+
+class Sink(Protocol):
+    """Where records go (results.store.RunStore)."""
+
+    def done_keys(self) -> set[Key]: ...
+
+    def append(self, record: dict[str, Any]) -> None: ...
+
+    def add_prompt(self, entry: dict[str, Any]) -> None: ...
+
+    def keep_map(self, task: str, sample_id: str, cell_id: str, kept: Any) -> None: ...
+
+
+@dataclass
+class Options:
+    """What steers the loop and changes no result."""
+
+    decode_rows: int
+    keep_maps: int = 5
+    store_prompts: bool = False
+    max_new_tokens: int | None = None
+    ignore_eos: bool = False
+    strict_window: bool = False
+
+
+@dataclass
+class Outcome:
+    written: int = 0
+    errors: int = 0
+    stopped: Exit | None = None
+
+
+@dataclass
+class Choice:
+    """One row of a decode batch after selection."""
+
+    sample: int
+    cell: Cell
+    context: Context
+    selection: Selection
+    seconds: float
+
+
+@dataclass
+class Runner:
+    """One pass over a plan. `stop()` is asked between decode batches; `progress(done, total, task)` after each."""
+
+    model: Model
+    plan: Plan
+    prompt_sets: dict[tuple[str, int], PromptSet]
+    sink: Sink
+    options: Options
+    stop: Any = lambda: None
+    progress: Any = lambda done, total, label: None
+    full_outputs: dict[Key, list[int]] = field(default_factory=dict)
+    """output_ids of `full` by (first-token mode and sample): what other rows are compared with."""
+
+    def __post_init__(self) -> None:
+        self.done = self.sink.done_keys()
+        self.methods: dict[str, Method] = {}
+        self.outcome = Outcome()
+        self.seen = 0
+
+    def run(self) -> Outcome:
+        for batch in self.plan.batches:
+            if self.outcome.stopped is None:
+                self._prefill_batch(batch)
+        return self.outcome
+
+    def _method(self, cell: Cell) -> Method:
+        if cell.method not in self.methods:
+            self.methods[cell.method] = catalog.build(cell.method)
+        return self.methods[cell.method]
+
+    def _missing(self, prompts: PromptSet, batch: PrefillBatch, rows: Iterable[tuple[int, Cell]]) -> bool:
+        return any((cell.id, prompts.samples[batch.start + i].id) not in self.done for i, cell in rows)
+
+    def _prefill_batch(self, batch: PrefillBatch) -> None:
+        prompts = self.prompt_sets[batch.task, batch.shots]
+        decodes = list(batch.decode_batches(self.options.decode_rows))
+        todo = [d for d in decodes if self._missing(prompts, batch, d.rows)]
+        self._tick(sum(len(d.rows) for d in decodes if d not in todo), batch.task)
+        if not todo:
+            return
+        self.outcome.stopped = self.stop()
+        if self.outcome.stopped is not None:
+            return
+        started = time.perf_counter()
+        chosen = prompts.prompts[batch.start : batch.end]
+        needs = Needs.of(need for cell in batch.cells for need in self._method(cell).needs())
+        prefilled = self.model.prefill([p.ids for p in chosen], needs, [question_start(p.regions) for p in chosen])
+        contexts = [self._context(prefilled, i, prompts, batch.start + i) for i in range(len(chosen))]
+        prefill_seconds = (time.perf_counter() - started) / len(chosen)
+        for decode in todo:
+            self.outcome.stopped = self.stop()
+            if self.outcome.stopped is not None:
+                return
+            self._decode_batch(prompts, batch, decode, prefilled, contexts, prefill_seconds)
+            self._tick(len(decode.rows), batch.task)
+
+    def _tick(self, rows: int, label: str) -> None:
+        self.seen += rows
+        self.progress(self.seen, self.plan.records, label)
+
+    def _context(self, prefilled: Prefilled, row: int, prompts: PromptSet, index: int) -> Context:
+        prompt, n = prompts.prompts[index], len(prompts.prompts[index].ids)
+        capture = prefilled.capture
+        return Context(
+            n=n, heads=self.model.shapes.heads, kv_heads=self.model.shapes.kv_heads[0], token_ids=prompt.ids,
+            regions=prompt.regions, keys=[k[row, :, :n] for k in prefilled.keys],
+            values=[v[row, :, :n] for v in prefilled.values],
+            column_sums={name: [s[row, :, :n] for s in sums] for name, sums in capture.column_sums.items()},
+            window_queries=[q[row] for q in capture.window_queries], scaling=capture.scaling,
+            sample_id=prompts.samples[index].id, seed=0, token_text=prompt.token_text,
+        )  # fmt: skip
+
+    def _decode_batch(
+        self, prompts: PromptSet, batch: PrefillBatch, decode: DecodeBatch, prefilled: Prefilled,
+        contexts: list[Context], prefill_seconds: float,
+    ) -> None:  # fmt: skip
+        choices: list[Choice] = []
+        for i, cell in decode.rows:
+            sample = prompts.samples[batch.start + i]
+            try:
+                choices.append(self._choose(i, cell, contexts[i]))
+            except Exception as error:  # a method's fault is that cell's result, not the run's end
+                self._write(error_record(cell, prompts, sample, self._method(cell), error, decode.id))
+        if not choices:
+            return
+        started = time.perf_counter()
+        rows = [self._row(c) for c in choices]
+        starts = [self._start(c, prefilled) for c in choices]
+        rules = [self._rules(prompts, c.cell) for c in choices]
+        try:
+            cache = CompressedCache(rows, room=max(r.max_new_tokens for r in rules))
+            alloc = cache.nbytes() // len(rows)
+            outputs = generate(self.model, cache, starts, rules)
+        except torch.OutOfMemoryError as e:
+            what = f"out of memory while decoding {len(rows)} rows together"
+            raise KvcliError(what, given=decode.id, fix="--decode-batch 16, or --memory", code=Exit.ENVIRONMENT) from e
+        seconds = (time.perf_counter() - started) / len(rows)
+        for choice, output in zip(choices, outputs, strict=True):
+            times = {"prefill": prefill_seconds, "select": choice.seconds, "decode": seconds, "shared": True}
+            self._record(prompts, batch, decode, choice, output, times, alloc)
+
+    def _choose(self, sample: int, cell: Cell, context: Context) -> Choice:
+        started = time.perf_counter()
+        ctx = dataclasses.replace(context, seed=cell.seed or 0)
+        size = (len(context.keys), context.kv_heads, self.options.strict_window)
+        ratio = ratio_of(cell)
+        if ratio is not None:
+            budget = Budget.of_ratio(ratio, ctx.n, *size)
+        else:
+            budget = Budget.of_size(cell.budget or ctx.n, ctx.n, *size)
+        selection = select(self._method(cell), ctx, budget)
+        return Choice(sample, cell, ctx, selection, time.perf_counter() - started)
+
+    def _row(self, choice: Choice) -> Row:
+        """The row's kept pairs; in the compressed mode the last prompt token leaves and is fed again."""
+        kept = choice.selection.kept
+        if choice.cell.first_token == "compressed":
+            kept = [[p[:-1] for p in layer] if isinstance(layer, list) else layer[..., :-1] for layer in kept]
+        return Row(choice.context.keys, choice.context.values, kept, self._rotate(choice))
+
+    def _rotate(self, choice: Choice) -> Any:
+        if not choice.selection.rerotate:
+            return None
+        rope = self.model.rope
+        if rope is None:
+            raise KvcliError("this model's keys cannot be moved", given=choice.cell.method, fix="rerotate=false")
+        return lambda layer, keys, old: rope.move(keys, old, torch.arange(len(old)))
+
+    def _start(self, choice: Choice, prefilled: Prefilled) -> Start:
+        """Where the row begins: the position after its last pair, true or (rerotated) inside the cache."""
+        n, last = choice.context.n, choice.context.token_ids[-1]
+        end = len(choice.selection.kept[0]) if choice.selection.rerotate else n
+        if choice.cell.first_token == "compressed":
+            return Start(last, end - 1)
+        return Start(last, end, given=int(prefilled.logits[choice.sample].argmax()))
+
+    def _rules(self, prompts: PromptSet, cell: Cell) -> StopRules:
+        length = self.options.max_new_tokens or prompts.task.max_new_tokens
+        if self.options.ignore_eos:
+            return StopRules(length)
+        return StopRules(length, end_tokens(self.model), prompts.task.until)
+
+    def _record(
+        self, prompts: PromptSet, batch: PrefillBatch, decode: DecodeBatch, choice: Choice, output: Generated,
+        times: dict[str, Any], alloc: int,
+    ) -> None:  # fmt: skip
+        index = batch.start + choice.sample
+        sample, prompt, cell = prompts.samples[index], prompts.prompts[index], choice.cell
+        mode = f"{cell.task}/{cell.shots}/{cell.first_token}"
+        if cell.method == "full":
+            self.full_outputs[mode, sample.id] = output.ids
+        if (cell.id, sample.id) in self.done:
+            return
+        record = ok_record(
+            cell=cell, prompts=prompts, sample=sample, prompt=prompt, method=self._method(cell),
+            selection=choice.selection, output=output, full=self.full_outputs.get((mode, sample.id)),
+            dims=self.model.shapes.dims, n=choice.context.n, seconds=times, alloc=alloc, batch=decode.id,
+        )  # fmt: skip
+        self.sink.add_prompt(prompt_entry(prompts, sample, prompt, self.options.store_prompts))
+        if index < self.options.keep_maps:
+            self.sink.keep_map(cell.task, sample.id, cell.id, positions_kept(choice.selection.kept, choice.context.kv_heads))
+        self._write(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        key = (record["cell_id"], record["sample_id"])
+        if key in self.done:
+            return
+        self.sink.append(record)
+        self.outcome.written += 1
+        if record["status"] == "ok":
+            self.done.add(key)
+        else:
+            self.outcome.errors += 1
+
+
+def question_start(regions: Sequence[Any]) -> int:
+    """First token of the question; the prompt's last token where it has none."""
+    return next((r.start for r in regions if r.kind == "question"), regions[-1].end - 1)
+
+

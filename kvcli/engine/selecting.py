@@ -1,0 +1,85 @@
+"""Calls a method and holds its answer against the contract before anything is evicted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcli.cache.budget import Budget
+from kvcli.cache.kv_cache import Kept, head_positions, kept_counts
+from kvcli.methods.base import Method, Selection
+from kvcli.methods.context import Context
+
+
+class BadSelection(Exception):
+    """A method broke its contract; the message says how."""
+
+
+def select(method: Method, ctx: Context, budget: Budget) -> Selection:
+    """The method's selection, checked, with the flag `noop` where the prompt was too short to compress.
+
+    Raises BadSelection when positions are unsorted, repeated or outside the prompt, when the last one is missing, or
+    when the total exceeds the budget at the method's scope without the flag `over_budget`.
+    """
+    with torch.inference_mode():
+        selection = method.select(ctx, budget)
+    _check_form(selection.kept, ctx)
+    counts = kept_counts(selection.kept, ctx.kv_heads)
+    if method.domain.kind == "continuous" and "over_budget" not in selection.flags:
+        _check_budget(counts, budget, method.budget_scope)
+    flags = set(selection.flags)
+    everything = all(count == ctx.n for layer in counts for count in layer)
+    if everything and not budget.requested_all:
+        flags.add("noop")
+    selection.flags = frozenset(flags)
+    return selection
+
+
+def _check_form(kept: Kept, ctx: Context) -> None:
+    if len(kept) != ctx.layers:
+        raise BadSelection(f"{len(kept)} layers selected, the model has {ctx.layers}")
+    for number, layer in enumerate(kept):
+        heads = layer if isinstance(layer, list) else [layer] if layer.dim() == 1 else list(layer)
+        if len(heads) not in (1, ctx.kv_heads):
+            raise BadSelection(f"layer {number}: {len(heads)} heads selected, the model has {ctx.kv_heads}")
+        for positions in heads:
+            _check_positions(positions, number, ctx.n)
+
+
+def _check_positions(positions: Tensor, layer: int, n: int) -> None:
+    if positions.dtype != torch.long or not len(positions):
+        raise BadSelection(f"layer {layer}: positions must be a non-empty int64 tensor")
+    if not bool((positions[1:] > positions[:-1]).all()):
+        raise BadSelection(f"layer {layer}: positions are not sorted or repeat")
+    if int(positions[0]) < 0 or int(positions[-1]) != n - 1:
+        raise BadSelection(f"layer {layer}: positions must lie in 0..{n - 1} and include the last prompt token")
+
+
+def _check_budget(counts: list[list[int]], budget: Budget, scope: str) -> None:
+    limit = budget.total(scope)
+    if scope == "head":
+        most = max(count for layer in counts for count in layer)
+    elif scope == "layer":
+        most = max(sum(layer) for layer in counts)
+    else:
+        most = sum(map(sum, counts))
+    if most > limit:
+        raise BadSelection(f"{most} KV pairs kept per {scope}, the budget is {limit}")
+
+
+def positions_kept(kept: Kept, kv_heads: int) -> list[list[list[int]]]:
+    """kept[layer][kv head]: positions, for the stored maps."""
+    return [[p.tolist() for p in head_positions(layer, kv_heads)] for layer in kept]
+
+
+def kept_share(kept: Kept, kv_heads: int, n: int) -> Tensor:
+    """[n] float: share of layers and KV heads that kept each prompt token."""
+    total = torch.zeros(n)
+    for layer in kept:
+        if isinstance(layer, list):
+            total += torch.bincount(torch.cat(layer), minlength=n) / kv_heads
+        elif layer.dim() == 1:
+            total[layer] += 1.0
+        else:
+            total += torch.bincount(layer.flatten(), minlength=n) / layer.shape[0]
+    return total / len(kept)

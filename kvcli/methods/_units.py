@@ -1,0 +1,103 @@
+"""Units that are kept or dropped whole: shots, and passages cut into sentences or blocks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvcli.cache.budget import Budget
+    from kvcli.methods.base import Selection
+    from kvcli.methods.context import Context
+    from kvcli.spans import Span
+
+    Unit = list[Span]
+
+BLOCK = 16
+PROTECTED = ("special", "system", "question")
+
+
+def units(ctx: Context) -> list[Unit]:
+    """Shots (each all its spans) and the pieces of `context` regions, in order of their first token."""
+    pieces = [[span] for region in ctx.spans("context") for span in _pieces(ctx, region)]
+    return sorted([*ctx.shots(), *pieces], key=lambda unit: unit[0])
+
+
+def _pieces(ctx: Context, region: Span) -> list[Span]:
+    """Sentences of a passage; where it has none, blocks of 16 tokens."""
+    start, end = region
+    ends = _sentence_ends(ctx, start, end)
+    if any(e < end for e in ends):
+        cuts = sorted({*ends, end})
+        return [(a, b) for a, b in zip([start, *cuts], cuts, strict=False)]
+    return [(a, min(a + BLOCK, end)) for a in range(start, end, BLOCK)]
+
+
+def _sentence_ends(ctx: Context, start: int, end: int) -> list[int]:
+    """Positions after a token that closes a sentence: . ! ? before white space, or a full-width stop."""
+    if ctx.token_text is None:
+        return []
+    ends = []
+    for i in range(start, end):
+        text, following = ctx.token_text(i), ctx.token_text(i + 1) if i + 1 < end else " "
+        closed = re.search(r"[.!?][\"')\]]*\Z", text.rstrip()) and (text != text.rstrip() or following[:1].isspace())
+        if closed or re.search(r"[。！？]\Z", text.rstrip()):
+            ends.append(i + 1)
+    return ends
+
+
+def positions(spans: Sequence[Span]) -> list[int]:
+    return [i for start, end in spans for i in range(start, end)]
+
+
+def protected(ctx: Context) -> list[int]:
+    """Positions of system, question and special tokens, and the last token."""
+    return sorted({*positions(ctx.spans(*PROTECTED)), ctx.n - 1})
+
+
+def take(order: Sequence[int], units: Sequence[Unit], room: int, fit: str) -> list[int]:
+    """Indices of the units taken greedily in `order` while they fit into `room` tokens; none is ever cut."""
+    taken = []
+    for i in order:
+        size = len(positions(units[i]))
+        if size <= room:
+            taken.append(i)
+            room -= size
+        elif fit == "stop":
+            break
+    return taken
+
+
+def unit_means(score: Tensor, units: Sequence[Unit]) -> Tensor:
+    """[units]: mean of a per-token score [n] over each unit's tokens."""
+    import torch
+
+    if not units:
+        return score.new_zeros(0)
+    return torch.stack([score[positions(unit)].mean() for unit in units])
+
+
+def keep_units(ctx: Context, budget: Budget, orders: Sequence[Sequence[int]], fit: str) -> Selection:
+    """Per layer the protected tokens and the units taken in that layer's order while they fit.
+
+    Flags: `over_budget` when the protected tokens alone exceed the budget; `fallback` when there are units and in some
+    layer none fits.
+    """
+    import torch
+
+    from kvcli.methods.base import Selection
+
+    all_units, fixed = units(ctx), protected(ctx)
+    room = budget.per_head - len(fixed)
+    flags = {"over_budget"} if room < 0 else set()
+    kept = []
+    for order in orders:
+        taken = take(order, all_units, room, fit)
+        if all_units and not taken:
+            flags.add("fallback")
+        chosen = [i for t in taken for i in positions(all_units[t])]
+        kept.append(torch.tensor(sorted({*fixed, *chosen}), dtype=torch.long))
+    return Selection(list(kept), frozenset(flags))

@@ -1,0 +1,186 @@
+"""Finds methods: one file per method in this package, entry points `kvcli.methods`, or PATH.py:CLASS."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from kvcli.errors import KvcliError, unknown
+from kvcli.grammar import MethodText, Part, parse_methods
+from kvcli.methods.base import Method
+
+_NOT_METHODS = {"__init__", "base", "catalog", "context"}
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """All methods known by name: files of this package (without a leading underscore) and entry points."""
+    return tuple(sorted({*_files(), *_entry_points()}))
+
+
+def _files() -> set[str]:
+    stems = {path.stem for path in Path(__file__).parent.glob("*.py")}
+    return {stem for stem in stems if not stem.startswith("_")} - _NOT_METHODS
+
+
+@cache
+def _entry_points() -> dict[str, Any]:
+    from importlib.metadata import entry_points
+
+    return {point.name: point for point in entry_points(group="kvcli.methods")}
+
+
+def _is_method(value: object) -> bool:
+    return inspect.isclass(value) and issubclass(value, Method) and not inspect.isabstract(value)
+
+
+@cache
+def find(source: str) -> type[Method]:
+    """The class behind a name, an entry point or PATH.py:CLASS. Raises KvcliError when there is none."""
+    if ".py:" in source:
+        return _from_file(source)
+    if source in _files():
+        module = importlib.import_module(f"kvcli.methods.{source}")
+        found = [v for v in vars(module).values() if _is_method(v) and v.name == source]
+        if len(found) != 1:
+            raise TypeError(f"kvcli/methods/{source}.py must define exactly one method named {source!r}")
+        return found[0]
+    if source in _entry_points():
+        return _checked(_entry_points()[source].load(), source)
+    raise unknown("method", source, names(), given=f"--method {source}", listing="kvcli list methods")
+
+
+def _from_file(source: str) -> type[Method]:
+    path_text, _, class_name = source.rpartition(":")
+    path = Path(path_text).expanduser()
+    given = f"--method {source}"
+    if not path.is_file():
+        raise KvcliError(f"no file {path_text}", given=given, fix="check the path; it is read from the current folder")
+    spec = importlib.util.spec_from_file_location(f"kvcli_plugin_{_digest(path)}", path)
+    if spec is None or spec.loader is None:
+        raise KvcliError(f"{path_text} is not a Python file", given=given, fix="PATH.py:CLASS")
+    module = ModuleType(spec.name)
+    module.__file__ = str(path)
+    import sys
+
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        raise KvcliError(f"{path_text} cannot be imported: {type(e).__name__}: {e}", given=given, fix="mend the file") from e
+    classes = sorted(name for name, v in vars(module).items() if _is_method(v) and v.__module__ == module.__name__)
+    if class_name not in classes:
+        fix = f"{path_text}:{classes[0]}" if classes else "derive a class from kvcli.methods.base.Method"
+        raise KvcliError(f"no method class '{class_name}' in {path_text}", given=given, fix=fix)
+    return _checked(getattr(module, class_name), source)
+
+
+def _checked(cls: Any, source: str) -> type[Method]:
+    if not _is_method(cls) or not dataclasses.is_dataclass(cls):
+        fix = "a frozen dataclass derived from kvcli.methods.base.Method, with select()"
+        raise KvcliError(f"{source} is not a method", given=f"--method {source}", fix=fix)
+    return cls  # type: ignore[return-value]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def code_hash(method: MethodText) -> str | None:
+    """Hash of the files of PATH.py:CLASS parts, so that an edited plugin is a new cell; None without such parts."""
+    files = [Path(p.source.rpartition(":")[0]).expanduser() for p in method.parts if ".py:" in p.source]
+    return "-".join(_digest(f) for f in files) or None
+
+
+def expand(texts: Iterable[str]) -> list[MethodText]:
+    """Parsed --method options with the groups `all` and `tierN` written out, settings checked, in canonical form."""
+    out: list[MethodText] = []
+    for method in parse_methods(texts):
+        for one in _group(method):
+            text = canonical(one)
+            if text not in out:
+                out.append(text)
+    return out
+
+
+def _group(method: MethodText) -> list[MethodText]:
+    part = method.parts[0]
+    tier = part.source.removeprefix("tier")
+    if part.source != "all" and not (part.source.startswith("tier") and tier.isdigit()):
+        return [method]
+    if part.settings or len(method.parts) > 1:
+        fix = f"name the methods one by one, or --method {part.source}"
+        raise KvcliError(f"'{part.source}' takes no settings and no '+'", given=f"--method {method}", fix=fix)
+    members = [n for n in names() if part.source == "all" or find(n).tier == int(tier)]
+    return [MethodText((Part(n),)) for n in members if n != "full"]
+
+
+def build(text: str | MethodText) -> Method:
+    """The method with its settings. Raises KvcliError for unknown settings and values outside their range."""
+    method = parse_methods([text])[0] if isinstance(text, str) else text
+    if len(method.parts) > 1:
+        fix = f"--method {method.parts[0]}"
+        raise KvcliError("these methods cannot be combined with '+'", given=f"--method {method}", fix=fix)
+    part = method.parts[0]
+    cls = find(part.source)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in part.settings:
+        if key not in fields:
+            given = f"--method {part}"
+            if not fields:
+                raise KvcliError(f"{part.source} has no settings", given=given, fix=f"--method {part.source}")
+            raise unknown(f"setting of {part.source}", key, fields, given=given, listing="kvcli list methods --json")
+        values[key] = _value(fields[key], value, part)
+    return cls(**values)
+
+
+def canonical(method: MethodText) -> MethodText:
+    """The one spelling: settings sorted, defaults dropped."""
+    parts = []
+    for part in method.parts:
+        built = build(MethodText((part,)))
+        defaults = {f.name: f.default for f in dataclasses.fields(built)}
+        changed = {k: v for k, v in built.settings().items() if v != defaults[k]}
+        parts.append(Part(part.source, tuple((k, _text(v)) for k, v in sorted(changed.items()))))
+    return MethodText(tuple(parts))
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _value(field: dataclasses.Field[Any], text: str, part: Part) -> Any:
+    given = f"--method {part}"
+    kind = type(field.default)
+    try:
+        if kind is bool:
+            value: Any = {"true": True, "false": False}[text.lower()]
+        else:
+            value = kind(text)
+    except (KeyError, ValueError):
+        words = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, kind.__name__)
+        raise KvcliError(f"'{field.name}={text}' must be {words}", given=given, fix=f"{field.name}={_text(field.default)}") from None
+    if field.metadata.get("odd") and value % 2 == 0:
+        raise KvcliError(f"'{field.name}={text}' must be odd", given=given, fix=f"{field.name}={_text(field.default)}")
+    low, high, choices = (field.metadata.get(k) for k in ("ge", "le", "choices"))
+    if choices and value not in choices:
+        fix = f"{field.name}={' | '.join(map(str, choices))}"
+        raise KvcliError(f"'{field.name}={text}' is not one of its values", given=given, fix=fix)
+    if (low is not None and value < low) or (high is not None and value > high) or value != value:
+        limits = f"at least {low}" + (f" and at most {high}" if high is not None else "")
+        raise KvcliError(f"'{field.name}={text}' is out of range: {limits}", given=given, fix=f"{field.name}={_text(field.default)}")
+    return value
+
+
+def cards() -> list[dict[str, Any]]:
+    """The declared facts of all named methods, benchmark's own first."""
+    return sorted((find(name).card() for name in names()), key=lambda c: (c["tier"], c["name"]))

@@ -1,0 +1,59 @@
+"""ChunkKV: fixed chunks of neighbouring tokens are kept or dropped together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvcli.methods.base import Method, Selection, setting
+
+if TYPE_CHECKING:
+    from kvcli.cache.budget import Budget
+    from kvcli.methods.context import Context
+
+
+@dataclass(frozen=True)
+class ChunkKV(Method):
+    """Chunks of `chunk` tokens ranked by the mean attention of the last queries, summed over all heads of a layer.
+
+    Whole chunks are taken from the best down while they fit; the window is kept. `reuse=n` lets n neighbouring layers
+    share the first one's choice. Source: arXiv:2502.00299, section 3. Differs: a last short chunk is ranked by its own
+    length.
+    """
+
+    name = "chunkkv"
+    title = "ChunkKV"
+    paper = "arXiv:2502.00299"
+    tier = 1
+    budget_scope = "layer"
+    protects = "the observation window, at most half of the budget"
+
+    chunk: int = setting(10, ge=1, help="tokens per chunk")
+    window: int = setting(32, ge=1, help="last queries that vote, always kept")
+    reuse: int = setting(1, ge=1, help="layers that share one choice")
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({f"window:{self.window}"})
+
+    def select(self, ctx: Context, budget: Budget) -> Selection:
+        import torch
+
+        from kvcli.methods._units import positions, take, unit_means
+        from kvcli.methods._window import received
+
+        window, _, flags = budget.protect(self.window)
+        end = ctx.n - window
+        chunks = [[(a, min(a + self.chunk, end))] for a in range(0, end, self.chunk)]
+        kept: list[torch.Tensor] = []
+        for layer in range(ctx.layers):
+            if layer % self.reuse:
+                kept.append(kept[-1])
+                continue
+            taken: list[int] = []
+            if chunks:
+                means = unit_means(received(ctx, layer, window).sum(0), chunks)
+                order = torch.sort(means, descending=True, stable=True).indices.tolist()
+                taken = take(order, chunks, budget.per_head - window, fit="skip")
+            whole = [i for t in sorted(taken) for i in positions(chunks[t])]
+            kept.append(torch.tensor([*whole, *range(end, ctx.n)], dtype=torch.long))
+        return Selection(list(kept), flags)

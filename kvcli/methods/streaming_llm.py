@@ -1,0 +1,42 @@
+"""StreamingLLM: a few first tokens (attention sinks) and the most recent ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvcli.methods.base import Method, Selection, setting
+
+if TYPE_CHECKING:
+    from kvcli.cache.budget import Budget
+    from kvcli.methods.context import Context
+
+
+@dataclass(frozen=True)
+class StreamingLLM(Method):
+    """Sinks and recent tokens, the same in every layer and head. Source: arXiv:2309.17453, section 3.2.
+
+    Differs: the paper never lets a token see what fell out of its window; after a dense prefill the kept states have
+    already mixed in what is dropped, so results are optimistic. `rerotate=true` gives the kept keys the paper's
+    positions inside the cache; by default they keep their original ones.
+    """
+
+    name = "streaming_llm"
+    title = "StreamingLLM"
+    paper = "arXiv:2309.17453"
+    tier = 1
+    protects = "sinks, at most half of the budget"
+
+    sinks: int = setting(4, ge=0, help="first tokens always kept")
+    rerotate: bool = setting(False, help="positions inside the cache, as in the paper")
+
+    def select(self, ctx: Context, budget: Budget) -> Selection:
+        import torch
+
+        from kvcli.cache.select import whole
+
+        keep = budget.per_head
+        sinks = min(self.sinks, keep if budget.everything else keep // 2)
+        flags = frozenset({"fallback"}) if sinks < min(self.sinks, ctx.n) else frozenset()
+        kept = torch.cat([whole(sinks), torch.arange(ctx.n - (keep - sinks), ctx.n)])
+        return Selection([kept] * ctx.layers, flags, rerotate=self.rerotate and not budget.everything)

@@ -1,0 +1,97 @@
+"""Where a model comes from: the text of --model, checked and taken apart without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvcli.errors import KvcliError, unknown
+from kvcli.models.aliases import ALIASES, TESTBED
+
+TESTBED_FOLDER = Path(__file__).parents[1] / "testbed" / "weights"
+RANDOM_SETTINGS = ("layers", "hidden", "heads", "kv_heads", "vocab", "positions", "seed")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """kind: testbed, folder, hub or random. place: folder or hub id. settings: sizes of a random model."""
+
+    text: str
+    kind: str
+    place: str
+    revision: str | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def short(self) -> str:
+        """A name fit for a folder."""
+        name = self.text if self.kind in ("testbed",) or self.text in ALIASES else Path(self.place).name
+        clean = "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".-")
+        return f"random-{clean}" if self.kind == "random" else clean
+
+
+def parse_model(text: str) -> ModelSource:
+    """ALIAS | ORG/NAME[@REV] | ./FOLDER | random:FOLDER[:layers=2,...]. Raises KvcliError for anything else."""
+    given = f"--model {text}"
+    if text == TESTBED:
+        return ModelSource(text, "testbed", str(TESTBED_FOLDER))
+    if text.startswith("random:"):
+        return _random(text, given)
+    if text.startswith((".", "/", "~")):
+        return ModelSource(text, "folder", str(_folder(text, given)))
+    name, _, revision = text.partition("@")
+    if name in ALIASES:
+        return ModelSource(text, "hub", ALIASES[name], revision or None)
+    if name.count("/") == 1 and all(name.split("/")):
+        if Path(name).is_dir():
+            fix = f"--model ./{name} for the folder here"
+            raise KvcliError(f"'{name}' is both a folder and a hub id", given=given, fix=fix)
+        return ModelSource(text, "hub", name, revision or None)
+    raise unknown("model", text, [TESTBED, *ALIASES], given=given, listing="kvcli list models")
+
+
+def _folder(text: str, given: str) -> Path:
+    path = Path(text).expanduser()
+    if not (path / "config.json").is_file():
+        what = "no config.json in" if path.is_dir() else "no model folder"
+        raise KvcliError(f"{what} {path}", given=given, fix="a folder written by save_pretrained, or a hub id")
+    return path
+
+
+def _random(text: str, given: str) -> ModelSource:
+    place, _, rest = text.removeprefix("random:").partition(":")
+    settings = {}
+    for piece in filter(None, rest.split(",")):
+        key, equals, value = piece.partition("=")
+        if key not in RANDOM_SETTINGS or not equals:
+            raise unknown("size of a random model", key, RANDOM_SETTINGS, given=given, listing="docs/cli.md")
+        if not (value.isdigit() and (int(value) > 0 or key == "seed")) and (key, value) != ("vocab", "auto"):
+            raise KvcliError(f"'{piece}' is not a positive whole number", given=given, fix=f"{key}=2")
+        settings[key] = value
+    return ModelSource(text, "random", str(_folder(place or ".", given)), settings=settings)
+
+
+def fingerprint(source: ModelSource) -> dict[str, Any]:
+    """What tells two models apart: hub id and revision, or hashes of config and weight files of a folder."""
+    if source.kind == "hub":
+        return {"model": source.place, "revision": source.revision or "main"}
+    folder = Path(source.place)
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    if source.kind == "random":
+        digest.update(json.dumps(source.settings, sort_keys=True).encode())
+        return {"model": f"random:{folder.name}", "revision": digest.hexdigest()[:12]}
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        digest.update(f"{file.name}:{file.stat().st_size}".encode())
+        digest.update(_ends(file))
+    return {"model": source.text if source.kind == "testbed" else folder.name, "revision": digest.hexdigest()[:12]}
+
+
+def _ends(file: Path, size: int = 1 << 20) -> bytes:
+    """First and last MiB of a file: enough to tell two weight files apart without reading gigabytes."""
+    with file.open("rb") as handle:
+        head = handle.read(size)
+        handle.seek(max(0, file.stat().st_size - size))
+        return head + handle.read(size)

@@ -1,0 +1,133 @@
+"""The one Model behind every command: prefill with capture, then decode rows over compressed caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from kvcli.attention import backends
+from kvcli.attention.capture import Needs, Prefill
+from kvcli.attention.patch import UnsupportedAttention, patched
+from kvcli.cache.kv_cache import CompressedCache
+from kvcli.errors import KvcliError
+from kvcli.models.rope import RopeHandle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the rest of kvcli needs to know of a model's attention."""
+
+    layers: int
+    heads: int
+    kv_heads: tuple[int, ...]
+    widths: tuple[int, ...]
+    """key + value elements per pair, per layer."""
+    context: int | None
+    parameters: int
+
+    @property
+    def dims(self) -> list[tuple[int, int]]:
+        return list(zip(self.kv_heads, self.widths, strict=True))
+
+    def token_bytes(self, itemsize: int) -> int:
+        """Bytes of one token's KV pairs over all layers."""
+        return sum(h * w for h, w in self.dims) * itemsize
+
+
+@dataclass
+class Prefilled:
+    """Dense caches and statistics of B prompts: keys, values per layer [B, H_kv, n, D], logits [B, V] float32."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    capture: Prefill
+    logits: Tensor
+
+
+class _Decode:
+    """Attention state of a decode step: validity of each layer's compressed slots."""
+
+    def __init__(self, cache: CompressedCache) -> None:
+        self.cache = cache
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        return backends.decode(query, key, value, scaling, self.cache.valid(layer))
+
+
+class Model:
+    """A causal LM with kvcli's attention. Raises KvcliError at once for a family that cannot be patched."""
+
+    def __init__(self, hf: Any, tokenizer: PreTrainedTokenizerBase, *, name: str = "model", attn: str = "auto") -> None:
+        self.hf, self.tokenizer, self.name, self.attn = hf, tokenizer, name, attn
+        self.rope = RopeHandle.of(hf)
+        self.shapes = self._probe()
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hf.dtype
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], needs: Needs, question_from: Sequence[int]) -> Prefilled:
+        """Dense causal prefill of B prompts of any lengths, right-padded; padding reaches no statistic."""
+        lengths = [len(p) for p in prompts]
+        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt)
+        state = Prefill(needs, lengths, list(question_from), self.attn)
+        cache = DynamicCache()
+        last = sorted({n - 1 for n in lengths})
+        positions = torch.arange(ids.shape[1], device=self.device)[None].expand(len(prompts), -1)
+        with patched(self.hf, state):
+            out = self.hf(
+                ids.to(self.device), position_ids=positions, past_key_values=cache, use_cache=True,
+                logits_to_keep=torch.tensor(last, device=self.device),
+            )  # fmt: skip
+        row_of = [last.index(n - 1) for n in lengths]
+        logits = out.logits[torch.arange(len(prompts)), row_of].float()
+        return Prefilled([x.keys for x in cache.layers], [x.values for x in cache.layers], state, logits)
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor, positions: Tensor, cache: CompressedCache) -> Tensor:
+        """One forward pass of Q new tokens a row at their true positions: [R, Q] each -> logits [R, Q, V]."""
+        with patched(self.hf, _Decode(cache)):
+            out = self.hf(
+                tokens.to(self.device), position_ids=positions.to(self.device), past_key_values=cache, use_cache=True
+            )
+        return out.logits
+
+    def _probe(self) -> Shapes:
+        """Runs three tokens: every layer must call the patched attention exactly once."""
+        config = self.hf.config
+        family = getattr(config, "model_type", type(self.hf).__name__)
+        refuse = f"models of family '{family}' are not supported"
+        fix = "a family of plain causal attention: llama, mistral, qwen2, qwen3, phi3, gpt_neox, gpt2, opt, ..."
+        try:
+            done = self.prefill([[0, 0, 0]], Needs(), [0])
+        except UnsupportedAttention as e:
+            raise KvcliError(f"{refuse}: {e}", given=f"--model {self.name}", fix=fix) from e
+        except (ValueError, TypeError, AttributeError) as e:
+            raise KvcliError(f"{refuse}: {type(e).__name__}: {e}", given=f"--model {self.name}", fix=fix) from e
+        layers = getattr(config, "num_hidden_layers", 0)
+        if done.capture.calls != layers or len(done.keys) != layers:
+            what = f"{refuse}: {done.capture.calls} of {layers} layers call transformers' attention interface"
+            raise KvcliError(what, given=f"--model {self.name}", fix=fix)
+        return Shapes(
+            layers=layers,
+            heads=config.num_attention_heads,
+            kv_heads=tuple(k.shape[1] for k in done.keys),
+            widths=tuple(k.shape[-1] + v.shape[-1] for k, v in zip(done.keys, done.values, strict=True)),
+            context=getattr(config, "max_position_embeddings", None),
+            parameters=sum(p.numel() for p in self.hf.parameters()),
+        )
