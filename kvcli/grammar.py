@@ -17,6 +17,7 @@ _KEY = re.compile(r"\s*[A-Za-z_][\w.]*\s*=")
 _FILE = re.compile(r"(?P<source>(?:[.~]|/).*?\.py:[A-Za-z_]\w*)(?::(?P<rest>.*))?\Z", re.S)
 _KVPRESS = re.compile(r"(?P<source>kvpress:[A-Za-z_]\w*)(?::(?P<rest>.*))?\Z", re.S)
 _NAME = re.compile(r"(?P<source>[A-Za-z_][\w-]*)(?::(?P<rest>.*))?\Z", re.S)
+_MOST_DIGITS = 12
 _PLAIN = re.compile(r"[^,+|'\"\s]+\Z")
 
 
@@ -135,6 +136,9 @@ def _decimal(text: str, option: str, given: str) -> Decimal:
         value = Decimal("NaN")
     if not value.is_finite():
         raise KvcliError(f"'{text.strip()}' is not a number", given=given, fix=f"{option} 0.1,0.5 or {option} 0.1..0.9:0.1")
+    if -int(value.as_tuple().exponent) > _MOST_DIGITS:
+        fix = f"at most {_MOST_DIGITS} digits after the point"
+        raise KvcliError(f"'{text.strip()}' has too many digits", given=given, fix=fix)
     return value
 
 

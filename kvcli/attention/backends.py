@@ -120,6 +120,6 @@ def decode(query: Tensor, key: Tensor, value: Tensor, scaling: float, valid: Ten
         causal = torch.ones(new, size, dtype=torch.bool, device=query.device).tril(size - new)
         mask = causal if mask is None else mask & causal
         mask = mask.repeat(*([1] * (mask.dim() - 2)), group, 1)
-    packed = query.view(rows, kv_heads, group * new, dim)
+    packed = query.reshape(rows, kv_heads, group * new, dim)
     out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
-    return out.view(rows, heads, new, dim)
+    return out.reshape(rows, heads, new, dim)

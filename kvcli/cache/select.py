@@ -25,12 +25,13 @@ def whole(n: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def pool(scores: Tensor, kernel: int, kind: str) -> Tensor:
-    """[..., n] -> [..., n]: max or mean over `kernel` neighbours (odd), stride 1, padded at both ends."""
+    """[..., n] -> [..., n]: max or mean over `kernel` neighbours (odd), stride 1; for the mean, padding counts
+    as zeros, as in SnapKV's own code."""
     if not scores.shape[-1]:
         return scores
     flat = scores.reshape(1, -1, scores.shape[-1])
     if kind == "max":
         pooled = torch.nn.functional.max_pool1d(flat, kernel, stride=1, padding=kernel // 2)
     else:
-        pooled = torch.nn.functional.avg_pool1d(flat, kernel, stride=1, padding=kernel // 2, count_include_pad=False)
+        pooled = torch.nn.functional.avg_pool1d(flat, kernel, stride=1, padding=kernel // 2)
     return pooled.reshape(scores.shape)

@@ -129,7 +129,7 @@ def prepare(request: Request, limit: int | None, say: Callable[[str], None] = la
             prompts = [
                 build_prompt(
                     sample, tokenizer, template=config.template, chat_allowed=task.chat,
-                    max_prompt_tokens=config.max_prompt_tokens, context_limit=context and context - room,
+                    max_prompt_tokens=config.max_prompt_tokens, context_limit=context, max_new_tokens=room, task=task.name,
                 )
                 for sample in samples
             ]  # fmt: skip

@@ -80,6 +80,8 @@ class Runner:
     options: Options
     stop: Any = lambda: None
     progress: Any = lambda done, total, label: None
+    wanted: set[str] | None = None
+    """Cells this command asked for (None: all). A batch runs when one of their rows is missing, and then as a whole."""
     full_outputs: dict[Key, list[int]] = field(default_factory=dict)
     """output_ids of `full` by (first-token mode and sample): what other rows are compared with."""
 
@@ -101,7 +103,16 @@ class Runner:
         return self.methods[cell.method]
 
     def _missing(self, prompts: PromptSet, batch: PrefillBatch, rows: Iterable[tuple[int, Cell]]) -> bool:
-        return any((cell.id, prompts.samples[batch.start + i].id) not in self.done for i, cell in rows)
+        asked = ((i, cell) for i, cell in rows if self.wanted is None or cell.id in self.wanted)
+        return any((cell.id, prompts.samples[batch.start + i].id) not in self.done for i, cell in asked)
+
+    def anything_missing(self) -> bool:
+        """Whether any row of the wanted cells has no record yet."""
+        return any(
+            self._missing(self.prompt_sets[b.task, b.shots], b, d.rows)
+            for b in self.plan.batches
+            for d in b.decode_batches(self.options.decode_rows)
+        )
 
     def _prefill_batch(self, batch: PrefillBatch) -> None:
         prompts = self.prompt_sets[batch.task, batch.shots]

@@ -6,16 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
-REGIONS = ("system", "context", "shot", "question")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of prompt text in one region; `shot` counts from 0."""
-
-    text: str
-    region: str
-    shot: int = -1
+from kvcli.spans import REGIONS as REGIONS
+from kvcli.spans import Segment as Segment
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """A task definition as loaded from tasks/NAME.yaml (docs/adding-a-task.md)."""
+    """A task definition as loaded from tasks/NAME.yaml (docs/adding-a-task.md).
+
+    A builder class adds fields of its own; each may be set by a key of the same name in the YAML file.
+    """
 
     name: str
     version: str
@@ -63,6 +58,9 @@ class Task(ABC):
     reference: dict[str, float] = field(default_factory=dict)
     suites: tuple[str, ...] = ()
     source: str = ""
+    """The definition's file."""
+    digest: str = ""
+    """Hash of the definition's file and of the code it names: an edited task is another task."""
 
     @abstractmethod
     def samples(self, *, shots: int, shot_seed: int, limit: int | None, data_dir: str | None) -> list[Sample]:

@@ -58,14 +58,13 @@ def protected(ctx: Context) -> list[int]:
     return sorted({*positions(ctx.spans(*PROTECTED)), ctx.n - 1})
 
 
-def take(order: Sequence[int], units: Sequence[Unit], room: int, fit: str) -> list[int]:
+def take(order: Sequence[int], sizes: Sequence[int], room: int, fit: str) -> list[int]:
     """Indices of the units taken greedily in `order` while they fit into `room` tokens; none is ever cut."""
     taken = []
     for i in order:
-        size = len(positions(units[i]))
-        if size <= room:
+        if sizes[i] <= room:
             taken.append(i)
-            room -= size
+            room -= sizes[i]
         elif fit == "stop":
             break
     return taken
@@ -90,12 +89,13 @@ def keep_units(ctx: Context, budget: Budget, orders: Sequence[Sequence[int]], fi
 
     from kvcli.methods.base import Selection
 
-    all_units, fixed = units(ctx), protected(ctx)
+    all_units, fixed = units(ctx), set(protected(ctx))
+    sizes = [len(set(positions(unit)) - fixed) for unit in all_units]  # a protected token is paid for once
     room = budget.per_head - len(fixed)
     flags = {"over_budget"} if room < 0 else set()
     kept = []
     for order in orders:
-        taken = take(order, all_units, room, fit)
+        taken = take(order, sizes, room, fit)
         if all_units and not taken:
             flags.add("fallback")
         chosen = [i for t in taken for i in positions(all_units[t])]

@@ -18,7 +18,7 @@ class ChunkKV(Method):
 
     Whole chunks are taken from the best down while they fit; the window is kept. `reuse=n` lets n neighbouring layers
     share the first one's choice. Source: arXiv:2502.00299, section 3. Differs: a last short chunk is ranked by its own
-    length.
+    length; with room for less than a chunk only the window stays, flagged `fallback`.
     """
 
     name = "chunkkv"
@@ -44,6 +44,7 @@ class ChunkKV(Method):
         window, _, flags = budget.protect(self.window)
         end = ctx.n - window
         chunks = [[(a, min(a + self.chunk, end))] for a in range(0, end, self.chunk)]
+        sizes = [len(positions(chunk)) for chunk in chunks]
         kept: list[torch.Tensor] = []
         for layer in range(ctx.layers):
             if layer % self.reuse:
@@ -53,7 +54,9 @@ class ChunkKV(Method):
             if chunks:
                 means = unit_means(received(ctx, layer, window).sum(0), chunks)
                 order = torch.sort(means, descending=True, stable=True).indices.tolist()
-                taken = take(order, chunks, budget.per_head - window, fit="skip")
+                taken = take(order, sizes, budget.per_head - window, fit="skip")
+            if chunks and not taken and budget.per_head > window:
+                flags |= {"fallback"}
             whole = [i for t in sorted(taken) for i in positions(chunks[t])]
             kept.append(torch.tensor([*whole, *range(end, ctx.n)], dtype=torch.long))
         return Selection(list(kept), flags)

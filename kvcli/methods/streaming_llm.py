@@ -36,7 +36,9 @@ class StreamingLLM(Method):
         from kvcli.cache.select import whole
 
         keep = budget.per_head
-        sinks = min(self.sinks, keep if budget.everything else keep // 2)
-        flags = frozenset({"fallback"}) if sinks < min(self.sinks, ctx.n) else frozenset()
+        if budget.everything:
+            return Selection([whole(ctx.n)] * ctx.layers)
+        sinks = min(self.sinks, keep - 1 if budget.strict_window else keep // 2)
+        flags = frozenset({"fallback"}) if sinks < self.sinks else frozenset()
         kept = torch.cat([whole(sinks), torch.arange(ctx.n - (keep - sinks), ctx.n)])
-        return Selection([kept] * ctx.layers, flags, rerotate=self.rerotate and not budget.everything)
+        return Selection([kept] * ctx.layers, flags, rerotate=self.rerotate)

@@ -1,0 +1,321 @@
+"""From a run to one table per task: methods x requested ratios, each cell with n, interval and paired difference.
+
+First-token modes, query modes and numbers of shots are never mixed: each combination is a table of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcli.analysis import stats
+from kvcli.analysis.load import Cell, Run
+from kvcli.analysis.stats import Difference, Interval
+
+FULL = "full"
+OWN = "own"
+"""Column of methods whose own settings decide how much they keep."""
+NO_ANSWER_LIMIT = 0.2
+"""More than this share without an extractable answer, and the score says little about the model."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """What was asked for. kind: 'ratio', 'budget' (KV pairs), 'own' (nothing was asked for) or 'full'."""
+
+    kind: str
+    value: float
+    text: str
+
+    @property
+    def order(self) -> tuple[str, float]:
+        return "zz" if self.kind == "own" else self.kind, self.value
+
+
+_FULL = (FULL, Column("full", 1.0, FULL))
+
+
+@dataclass(frozen=True)
+class CellSummary:
+    """One method at one requested ratio on one task. Shares are of records; n counts samples."""
+
+    method: str
+    column: str
+    cell_ids: tuple[str, ...]
+    seeds: int
+    """Cells that differ only by seed, averaged within each sample."""
+    n: int
+    errors: int
+    score: float
+    interval: Interval | None
+    difference: Difference | None
+    """Compressed minus full on the samples both have; None for full itself or where full is missing."""
+    relative: float | None
+    """The paper's delta P = (P_C - P_full) / P_full on those samples; None where full scores 0."""
+    measured_ratio: float | None
+    records: int
+    flags: dict[str, int]
+    """Flag -> number of records that carry it; only flags that occur."""
+    no_answer: float
+    truncated: float
+
+    @property
+    def over_budget(self) -> bool:
+        return self.flags.get("over_budget", 0) > 0
+
+    @property
+    def noop(self) -> int:
+        return self.flags.get("noop", 0)
+
+    @property
+    def ranked(self) -> bool:
+        """Cells over budget are never ranked against cells within it."""
+        return not self.over_budget
+
+    @property
+    def verdict(self) -> str:
+        """'loss', 'gain', 'open', or 'none' where there is nothing to compare with."""
+        return self.difference.verdict if self.difference else "none"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method (with its decode settings, if any); `cells` by the text of the column."""
+
+    method: str
+    cells: dict[str, CellSummary]
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """One task in one first-token mode, query mode and number of shots."""
+
+    task: str
+    ability: str | None
+    metric: str | None
+    version: str | None
+    chance: float | None
+    first_token: str
+    query: str
+    shots: int | None
+    n_prompt: float | None
+    """Median prompt tokens."""
+    clusters: int | None
+    """Independent clusters of samples; None where each sample is its own."""
+    full: CellSummary | None
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def cells(self) -> list[CellSummary]:
+        """All cells but full's, row by row in the order of the columns."""
+        return [row.cells[c.text] for row in self.rows for c in self.columns if c.text in row.cells]
+
+
+_Key = tuple[str, str, str, int | None]
+"""task, first-token mode, query mode, shots: what is never mixed."""
+_Groups = dict[_Key, dict[tuple[str, "Column"], list[int]]]
+"""Per table: (row, column) -> cells, several where they differ only by seed."""
+
+
+def summarise(run: Run) -> list[TaskTable]:
+    """One table per task, first-token mode, query mode and number of shots.
+
+    Tasks and methods stand in the order of run.json, those it does not name in the order of the records.
+    """
+    rows_of = _rows_of_cells(run)
+    groups: _Groups = {}
+    for code, cell in enumerate(run.cells):
+        if len(rows_of[code]):
+            key = (cell.task, cell.first_token, cell.query, cell.shots)
+            groups.setdefault(key, {}).setdefault((row_name(cell), column_of(cell)), []).append(code)
+    tasks = _order(list(run.meta.get("tasks") or ()), (key[0] for key in groups))
+    modes = {"compressed": 0, "prefill": 1}
+    keys = sorted(groups, key=lambda k: (tasks[k[0]], k[2] != "aware", k[3] or 0, modes.get(k[1], 2)))
+    return [_table(run, rows_of, key, groups) for key in keys]
+
+
+def _order(first: Iterable[str], then: Iterable[str]) -> dict[str, int]:
+    return {name: i for i, name in enumerate(dict.fromkeys([*first, *then]))}
+
+
+def row_name(cell: Cell) -> str:
+    return cell.method if cell.decode is None else f"{cell.method} [decode {cell.decode}]"
+
+
+def column_of(cell: Cell) -> Column:
+    if cell.method == FULL:
+        return _FULL[1]
+    if cell.ratio is not None:
+        return Column("ratio", float(cell.ratio), cell.ratio)
+    if cell.budget is not None:
+        return Column("budget", float(cell.budget), f"{cell.budget} KV")
+    return Column("own", 0.0, OWN)
+
+
+def _rows_of_cells(run: Run) -> list[NDArray[np.int64]]:
+    """For each cell the numbers of its records."""
+    order = np.argsort(run.cell, kind="stable")
+    ends = np.searchsorted(run.cell[order], np.arange(len(run.cells) + 1))
+    return [order[start:end] for start, end in pairwise(ends)]
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Mean score per sample over seeds. value, cluster: [number of samples of the run], NaN = not there."""
+
+    value: NDArray[np.float64]
+    cluster: NDArray[np.int32]
+    rows: NDArray[np.int64]
+    cells: tuple[int, ...]
+    replaced: int
+    """Cells left out because a later one has the same settings and seed."""
+
+
+def _table(run: Run, rows_of: Sequence[NDArray[np.int64]], key: _Key, groups: _Groups) -> TaskTable:
+    task, first_token, query, shots = key
+    scores = {name: _scores(run, rows_of, codes) for name, codes in groups[key].items()}
+    full, borrowed = _full(run, rows_of, key, groups)
+    columns = tuple(sorted({column for _, column in scores if column != _FULL[1]}, key=lambda c: c.order))
+    methods = _order(run.config("methods") or (), (method for method, column in scores if column != _FULL[1]))
+    cells = [{c.text: _cell(run, m, c, scores[m, c], full) for c in columns if (m, c) in scores} for m in methods]
+    first = run.cells[next(iter(groups[key].values()))[0]]
+    facts = run.task_facts(task)
+    every = np.concatenate([s.rows for s in scores.values()])
+    version, chance = facts.get("version"), facts.get("chance")
+    table = TaskTable(
+        task=task, ability=facts.get("ability") or first.ability, metric=facts.get("metric") or first.metric,
+        version=None if version is None else str(version), chance=None if chance is None else float(chance),
+        first_token=first_token, query=query, shots=shots, n_prompt=_median(run.n_prompt[every]),
+        clusters=_cluster_count(run, every), full=_cell(run, *_FULL, full, None) if full else None,
+        columns=columns, rows=tuple(Row(m, found) for m, found in zip(methods, cells, strict=True) if found),
+    )  # fmt: skip
+    replaced = sum(s.replaced for s in scores.values())
+    return replace(
+        table,
+        warnings=tuple(sanity(table) + [_replaced_warning(replaced)] * (replaced > 0)),
+        notes=(f"full is taken from first-token mode '{borrowed}': it evicts nothing, so both give one answer",)
+        if borrowed
+        else (),
+    )
+
+
+def _replaced_warning(count: int) -> str:
+    return (
+        f"{count} older cell{'s' * (count > 1)} left out: same method, ratio and seed, but other code, template or "
+        "task version; kvcli check names them"
+    )
+
+
+def _scores(run: Run, rows_of: Sequence[NDArray[np.int64]], codes: Sequence[int]) -> _Scores:
+    """Averages seeds within each sample; of two cells with one seed the one written last counts."""
+    by_seed: dict[int | None, int] = {}
+    for code in sorted(codes, key=lambda c: int(rows_of[c][-1])):
+        by_seed[run.cells[code].seed] = code
+    kept = tuple(by_seed.values())
+    rows = np.concatenate([rows_of[code] for code in kept])
+    done = rows[~np.isnan(run.score[rows])]
+    count = np.bincount(run.sample[done], minlength=len(run.samples))
+    total = np.bincount(run.sample[done], weights=run.score[done], minlength=len(run.samples))
+    with np.errstate(invalid="ignore"):
+        value = total / count
+    cluster = np.full(len(run.samples), -1, np.int32)
+    cluster[run.sample[done]] = run.cluster[done]
+    return _Scores(value, cluster, rows, kept, len(codes) - len(kept))
+
+
+def _full(
+    run: Run, rows_of: Sequence[NDArray[np.int64]], key: _Key, groups: _Groups
+) -> tuple[_Scores | None, str]:
+    """full's scores of this table, or those of the same prompts in another first-token mode and that mode's name."""
+    task, mode, query, shots = key
+    same = [k for k in groups if (k[0], k[2], k[3]) == (task, query, shots) and _FULL in groups[k]]
+    for other in sorted(same, key=lambda k: k[1] != mode):
+        return _scores(run, rows_of, groups[other][_FULL]), "" if other == key else other[1]
+    return None, ""
+
+
+def _cell(run: Run, method: str, column: Column, scores: _Scores, full: _Scores | None) -> CellSummary:
+    there = ~np.isnan(scores.value)
+    values, clusters = scores.value[there], scores.cluster[there]
+    rows = scores.rows
+    failed = np.isnan(run.score[rows])
+    done = rows[~failed]
+    difference, relative = _against(scores, full) if full else (None, None)
+    records = len(done)
+    return CellSummary(
+        method=method, column=column.text, cell_ids=tuple(run.cells[c].cell_id for c in scores.cells),
+        seeds=len(scores.cells), n=len(values), errors=int(failed.sum()),
+        score=float(values.mean()) if len(values) else float("nan"),
+        interval=stats.score_interval(values, clusters) if len(values) else None,
+        difference=difference, relative=relative, measured_ratio=_mean(run.measured_ratio[done]), records=records,
+        flags=_flag_counts(run, done), no_answer=_share(~run.answered[done]), truncated=_share(run.truncated[done]),
+    )  # fmt: skip
+
+
+def _against(scores: _Scores, full: _Scores) -> tuple[Difference | None, float | None]:
+    """Paired difference and relative change on the samples that both have."""
+    both = ~np.isnan(scores.value) & ~np.isnan(full.value)
+    if not both.any():
+        return None, None
+    compressed, reference = scores.value[both], full.value[both]
+    difference = stats.paired_difference(compressed, reference, scores.cluster[both])
+    base = float(reference.mean())
+    return difference, difference.value / base if base > 0 else None
+
+
+def _flag_counts(run: Run, rows: NDArray[np.int64]) -> dict[str, int]:
+    found = {name: int(((run.flags[rows] >> bit) & 1).sum()) for bit, name in enumerate(run.flag_names)}
+    return {name: count for name, count in found.items() if count}
+
+
+def _share(values: NDArray[np.bool_]) -> float:
+    return float(values.mean()) if len(values) else 0.0
+
+
+def _mean(values: NDArray[np.float64]) -> float | None:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else None
+
+
+def _median(values: NDArray[np.float64]) -> float | None:
+    known = values[~np.isnan(values)]
+    return float(np.median(known)) if len(known) else None
+
+
+def _cluster_count(run: Run, rows: NDArray[np.int64]) -> int | None:
+    """Number of independent units where at least two samples share a cluster, else None."""
+    samples, at = np.unique(run.sample[rows], return_index=True)
+    cluster = run.cluster[rows][at]
+    named = cluster[cluster >= 0]
+    distinct = len(np.unique(named))
+    return None if distinct == len(named) else distinct + len(samples) - len(named)
+
+
+def sanity(table: TaskTable) -> list[str]:
+    """What makes a table meaningless, said above it."""
+    full = table.full
+    if full is None:
+        return ["full was not run: losses cannot be measured; run it with: kvcli sweep ... (without --no-full)"]
+    if not full.n:
+        return ["full has no finished sample yet"]
+    found = []
+    chance = table.chance or 0.0
+    if full.interval is not None and full.interval.low <= chance:
+        found.append(
+            f"full scores {full.score:.2f} [{full.interval.low:.2f}, {full.interval.high:.2f}] (n = {full.n}), not "
+            f"clearly above chance ({chance:.2f}): differences here say nothing about compression"
+        )
+    if full.no_answer > NO_ANSWER_LIMIT:
+        found.append(
+            f"no answer could be extracted from {100 * full.no_answer:.0f} % of full's outputs: look at them with "
+            "kvcli show before reading the scores"
+        )
+    if full.errors:
+        found.append(f"{full.errors} samples of full failed; the same command runs them again")
+    return found

@@ -1,0 +1,102 @@
+"""How numbers and marks are written, the same in the terminal, in figures and in reports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from kvcli.analysis.stats import Interval
+from kvcli.analysis.tables import NO_ANSWER_LIMIT, OWN, CellSummary, TaskTable
+
+MARKS = {"noop": "n", "over_budget": "o", "fallback": "f", "unreachable": "u", "simulated": "s"}
+ESTABLISHED, NO_ANSWER, INCOMPLETE = "*", "?", "i"
+MEANING = {
+    ESTABLISHED: "established: the 95 % paired interval excludes 0 (not adjusted for the number of comparisons)",
+    "n": "noop: some prompts were too short to compress; nothing was evicted from them",
+    "o": "over_budget: protected tokens exceed the budget; compare at the measured ratio only",
+    "f": "fallback: the method could not do what its name says at this size",
+    "u": "unreachable: this ratio is outside the method's range",
+    "s": "simulated: the memory was not really freed",
+    NO_ANSWER: f"no answer found in more than {100 * NO_ANSWER_LIMIT:.0f} % of the outputs",
+    INCOMPLETE: "fewer finished samples than full: failed or not run yet",
+}
+"""Mark after a difference -> what it means, in the order of the legend."""
+
+
+def score(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def points(value: float) -> str:
+    """A difference of scores in percentage points with its sign: '-12.3', '+0.0'."""
+    return f"{100 * value + 0.0:+.1f}".replace("-0.0", "+0.0")
+
+
+def relative(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value + 0.0:+.1f} %".replace("-0.0 ", "+0.0 ")
+
+
+def p_value(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def score_interval(interval: Interval | None) -> str:
+    return "[no interval]" if interval is None else f"[{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def points_interval(interval: Interval | None) -> str:
+    return "[no interval]" if interval is None else f"[{points(interval.low)}, {points(interval.high)}]"
+
+
+def measured(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def off_target(cell: CellSummary) -> bool:
+    """True when the measured ratio should be read: nothing was asked for, a budget was, or it came out otherwise."""
+    if cell.measured_ratio is None:
+        return False
+    if cell.column == OWN or cell.column.endswith(" KV"):
+        return True
+    return abs(cell.measured_ratio - float(cell.column)) > 0.01
+
+
+def marks(cell: CellSummary, full: CellSummary | None) -> str:
+    """All marks of one cell, e.g. '*o'."""
+    found = ESTABLISHED if cell.verdict in ("loss", "gain") else ""
+    found += "".join(mark for flag, mark in MARKS.items() if cell.flags.get(flag))
+    found += NO_ANSWER if cell.no_answer > NO_ANSWER_LIMIT else ""
+    return found + (INCOMPLETE if full and cell.n < full.n else "")
+
+
+def legend(found: Iterable[str]) -> list[tuple[str, str]]:
+    """(mark, meaning) of the marks that occur in the given texts."""
+    used = set("".join(found))
+    return [(mark, meaning) for mark, meaning in MEANING.items() if mark in used]
+
+
+def flag_counts(cell: CellSummary) -> str:
+    """'noop 12/200': every flag with its number of records."""
+    return ", ".join(f"{name} {count}/{cell.records}" for name, count in cell.flags.items())
+
+
+def mode(table: TaskTable) -> str:
+    """'first token compressed, 8 shots'; the query mode only where it is not the usual one."""
+    parts = [f"first token {table.first_token}"]
+    if table.query != "aware":
+        parts.append(f"query {table.query}")
+    if table.shots is not None:
+        parts.append(f"{table.shots} shot{'' if table.shots == 1 else 's'}")
+    return ", ".join(parts)
+
+
+def sample_range(table: TaskTable) -> str:
+    """'200', or '196-200' where cells differ."""
+    counts = [c.n for c in table.cells()] + ([table.full.n] if table.full else [])
+    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"

@@ -1,0 +1,149 @@
+"""kvcli list: what there is to choose from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvcli.cli import output
+from kvcli.errors import KvcliError
+
+Row = dict[str, Any]
+
+
+def command(
+    kind: Annotated[
+        str | None, typer.Argument(help="methods, tasks, models or runs; without it: how many of each.", show_default=False)
+    ] = None,
+    folder: Annotated[Path, typer.Option("--folder", help="Where `list runs` looks.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """List methods, tasks, models or result folders.
+
+    Examples:
+      kvcli list methods
+      kvcli list tasks --json
+      kvcli list runs
+    """
+    kinds = {"methods": methods, "tasks": tasks, "models": models, "runs": lambda: runs(folder)}
+    if kind is None:
+        counts = {name: len(rows()) for name, rows in kinds.items()}
+        output.json_result(counts) if as_json else _print_counts(counts)
+        return
+    if kind not in kinds:
+        fix = " or ".join(f"kvcli list {name}" for name in kinds)
+        raise KvcliError(f"unknown kind '{kind}'", given=f"kvcli list {kind}", fix=fix)
+    rows = kinds[kind]()
+    if as_json:
+        output.json_result(rows)
+    else:
+        _PRINT[kind](rows)
+
+
+def methods() -> list[Row]:
+    """The declared facts of every method."""
+    from kvcli.methods import catalog
+
+    return catalog.cards()
+
+
+def tasks() -> list[Row]:
+    from kvcli.evals import loader
+
+    loaded = [loader.load_task(name) for name in loader.task_names()]
+    return [
+        {
+            "name": t.name, "version": t.version, "ability": t.ability, "metric": t.metric, "shots": t.shots,
+            "max_new_tokens": t.max_new_tokens, "chance": t.chance, "harmful": t.harmful, "suites": list(t.suites),
+            "source": t.source,
+        }
+        for t in loaded
+    ]  # fmt: skip
+
+
+def models() -> list[Row]:
+    from kvcli.models import aliases
+
+    testbed = [{"name": "testbed", "hub_id": None}]
+    return testbed + [{"name": name, "hub_id": hub} for name, hub in aliases.ALIASES.items() if name != "testbed"]
+
+
+def runs(folder: Path) -> list[Row]:
+    """Result folders in `folder`, last written first."""
+    from kvcli.results import store
+
+    found = [_run(path) for path in folder.iterdir() if store.is_run(path)] if folder.is_dir() else []
+    return sorted(found, key=lambda run: (run["updated"] or "", run["folder"]), reverse=True)
+
+
+def _run(folder: Path) -> Row:
+    from kvcli.results import store
+
+    try:
+        run, problem = store.read_run(folder), None
+    except KvcliError as e:
+        run, problem = {}, e.what
+    status = run.get("status", "unknown")
+    if status == "running" and not store.writers(folder):
+        status = "interrupted"
+    records = sum(_count_lines(path) for path in store.record_files(folder))
+    return {
+        "folder": str(folder), "status": status, "model": run.get("config", {}).get("model"), "lines": records,
+        "updated": run.get("updated"), "problem": problem,
+    }  # fmt: skip
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+
+
+def _print_counts(counts: dict[str, int]) -> None:
+    rows = [(name, count, f"kvcli list {name}") for name, count in counts.items()]
+    output.result(output.table(("what", "how many", "all of them"), rows))
+
+
+def _print_methods(rows: list[Row]) -> None:
+    listed = [(r["name"], r["tier"], r["kind"], r["paper"] or None, _settings(r), r["protects"]) for r in rows]
+    headers = ("method", "tier", "kind", "paper", "settings (defaults)", "always keeps")
+    output.result(output.table(headers, listed))
+    output.note("groups: all, tier1, tier2, ...   with settings: snapkv:window=16   your own: ./mine.py:MyMethod")
+    output.next_command("kvcli sweep --model testbed --method tier1 --ratio 0.1,0.3,0.5")
+
+
+def _settings(card: Row) -> str:
+    pairs = ((s["name"], s["default"]) for s in card["settings"])
+    return " ".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in pairs) or "-"
+
+
+def _print_tasks(rows: list[Row]) -> None:
+    listed = [(r["name"], r["ability"], r["metric"], r["shots"], r["chance"], " ".join(r["suites"])) for r in rows]
+    output.result(output.table(("task", "ability", "metric", "shots", "chance", "suites"), listed))
+    output.note("a suite or a pattern names several: --task testbed, --task 'tb_*'   your own: ./mine.yaml")
+    if rows:
+        output.next_command(f"kvcli sweep --model testbed --method tier1 --ratio 0.3 --task {rows[0]['name']}")
+
+
+def _print_models(rows: list[Row]) -> None:
+    listed = [(r["name"], r["hub_id"] or "shipped with kvcli") for r in rows]
+    output.result(output.table(("model", "hub id"), listed))
+    output.note("or ORG/NAME[@REV], ./FOLDER, random:FOLDER (a config with random weights)")
+    output.next_command("kvcli sweep --model testbed --method tier1 --ratio 0.3")
+
+
+def _print_runs(rows: list[Row]) -> None:
+    if not rows:
+        output.note("no result folders yet")
+        output.next_command("kvcli sweep --model testbed --method tier1 --ratio 0.3")
+        return
+    listed = [(r["folder"], r["status"], r["model"], r["lines"], r["updated"]) for r in rows]
+    output.result(output.table(("folder", "status", "model", "records", "updated"), listed))
+    for row in rows:
+        if row["problem"]:
+            output.warn(row["problem"])
+    output.next_command(f"kvcli report {rows[0]['folder']}")
+
+
+_PRINT = {"methods": _print_methods, "tasks": _print_tasks, "models": _print_models, "runs": _print_runs}

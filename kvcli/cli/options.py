@@ -1,0 +1,128 @@
+"""Options that `run` and `sweep` share, and how the sources of settings are layered."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from kvcli.config import SweepConfig, read_yaml
+from kvcli.errors import KvcliError, unknown
+
+ENVIRONMENT = "KVCLI_"
+_GRID, _MODEL, _RUNNING = "Grid", "Model", "Running"
+
+
+def _option(*names: str, help: str, panel: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, show_default=False)
+
+
+Model = Annotated[
+    Optional[str],
+    _option("--model", "-m", help="testbed, an alias, ORG/NAME[@REV], ./FOLDER or random:FOLDER:layers=2,... [default: testbed]", panel=_MODEL, metavar="MODEL"),
+]
+Tokenizer = Annotated[Optional[str], _option("--tokenizer", help="Folder or hub id of another tokenizer.", panel=_MODEL, metavar="FOLDER|ID")]
+Dtype = Annotated[Optional[str], _option("--dtype", help="auto, float16, bfloat16, float32 or float64.", panel=_MODEL, metavar="DTYPE")]
+Device = Annotated[Optional[str], _option("--device", help="auto, cpu, cuda or cuda:N.", panel=_MODEL, metavar="DEVICE")]
+Threads = Annotated[Optional[int], _option("--threads", help="CPU threads.", panel=_RUNNING, metavar="N")]
+Attn = Annotated[Optional[str], _option("--attn", help="auto, flash, sdpa, blockwise or reference.", panel=_MODEL, metavar="BACKEND")]
+TrustRemoteCode = Annotated[Optional[bool], _option("--trust-remote-code", help="Run model code from the hub.", panel=_MODEL)]
+Template = Annotated[Optional[str], _option("--template", help="auto, chat or raw prompts.", panel=_MODEL, metavar="WHICH")]
+Methods = Annotated[Optional[list[str]], _option("--method", "-M", help="Methods with settings: snapkv:window=16,h2o; tier1; ./mine.py:MyMethod.", panel=_GRID, metavar="METHODS")]
+Ratios = Annotated[Optional[list[str]], _option("--ratio", "-r", help="Kept ratios: 0.1,0.5 or 0.1..0.9:0.2.", panel=_GRID, metavar="RATIOS")]
+Budgets = Annotated[Optional[str], _option("--budget", help="KV pairs kept per layer and head, instead of --ratio.", panel=_GRID, metavar="N,N")]
+Tasks = Annotated[Optional[list[str]], _option("--task", "-t", help="Tasks, suites, globs or ./file.yaml.", panel=_GRID, metavar="TASKS")]
+Shots = Annotated[Optional[str], _option("--shots", help="Numbers of examples in the prompt [default: the task's own].", panel=_GRID, metavar="N,N")]
+Seeds = Annotated[Optional[str], _option("--seed", help="Seeds of random methods.", panel=_GRID, metavar="N,N")]
+ShotSeed = Annotated[Optional[int], _option("--shot-seed", help="Which examples are drawn.", panel=_GRID, metavar="N")]
+FirstToken = Annotated[Optional[str], _option("--first-token", help="compressed, prefill or both: where the first answer token comes from.", panel=_GRID, metavar="MODES")]
+NoFull = Annotated[Optional[bool], _option("--full/--no-full", help="Add the full cache as baseline [default: yes].", panel=_GRID)]
+StrictWindow = Annotated[Optional[bool], _option("--strict-window", help="Keep the paper's window even above the budget.", panel=_GRID)]
+Limit = Annotated[Optional[int], _option("--limit", "-n", help="First N samples of each task's fixed permutation.", panel=_GRID, metavar="N")]
+MaxNewTokens = Annotated[Optional[int], _option("--max-new-tokens", help="Length of answers [default: the task's own].", panel=_RUNNING, metavar="N")]
+MaxPromptTokens = Annotated[Optional[int], _option("--max-prompt-tokens", help="Refuse longer prompts.", panel=_RUNNING, metavar="N")]
+IgnoreEos = Annotated[Optional[bool], _option("--ignore-eos", help="Always generate the full length.", panel=_RUNNING)]
+DataDir = Annotated[Optional[str], _option("--data-dir", help="Folder with one sub-folder of SPLIT.jsonl per data set, instead of the hub.", panel=_RUNNING, metavar="FOLDER")]
+Out = Annotated[Optional[str], _option("--out", "-o", help="Result folder; the same command resumes it.", panel=_RUNNING, metavar="FOLDER")]
+KeepMaps = Annotated[Optional[int], _option("--keep-maps", help="Samples per task whose kept positions are stored [default: 5].", panel=_RUNNING, metavar="N")]
+StorePrompts = Annotated[Optional[bool], _option("--store-prompts", help="Store the text of harmful prompts too.", panel=_RUNNING)]
+PrefillBatch = Annotated[Optional[int], _option("--prefill-batch", help="Samples prefilled together [default: 8].", panel=_RUNNING, metavar="N")]
+DecodeBatch = Annotated[Optional[int], _option("--decode-batch", help="Rows decoded together [default: from --memory].", panel=_RUNNING, metavar="N")]
+Memory = Annotated[Optional[str], _option("--memory", help="Memory for the caches of one decode batch, as in 8G.", panel=_RUNNING, metavar="SIZE")]
+MaxTime = Annotated[Optional[float], _option("--max-time", help="Stop cleanly after this many seconds (exit 75).", panel=_RUNNING, metavar="S")]
+Preset = Annotated[Optional[str], _option("--preset", help="A shipped YAML of settings.", panel=_RUNNING, metavar="NAME")]
+ConfigFile = Annotated[Optional[Path], _option("--config", "-c", help="YAML of settings; the command line wins.", panel=_RUNNING, metavar="FILE")]
+Json = Annotated[bool, _option("--json", help="Print one JSON document.", panel=_RUNNING)]
+DryRun = Annotated[bool, _option("--dry-run", help="Print what would run; load no weights.", panel=_RUNNING)]
+
+
+def integers(option: str, text: str | None) -> tuple[int, ...] | None:
+    """'0,1' -> (0, 1). Raises KvcliError."""
+    if text is None:
+        return None
+    try:
+        values = tuple(int(piece) for piece in text.split(","))
+    except ValueError:
+        raise KvcliError(f"'{text}' is not a list of whole numbers", given=f"{option} {text}", fix=f"{option} 0,1") from None
+    if any(v < 0 for v in values):
+        raise KvcliError(f"{option} takes no negative numbers", given=f"{option} {text}", fix=f"{option} 0,1")
+    return values
+
+
+def collect(typed: dict[str, Any]) -> dict[str, Any]:
+    """The options a user typed (None: not typed), under the names and in the types of SweepConfig."""
+    typed = dict(typed)
+    lists = {"methods": typed.pop("method"), "ratios": typed.pop("ratio"), "tasks": typed.pop("task")}
+    named: dict[str, Any] = {name: (v,) if isinstance(v, str) else v for name, v in lists.items()}
+    if named["tasks"]:
+        named["tasks"] = tuple(piece.strip() for text in named["tasks"] for piece in text.split(","))
+    for name, option in (("budgets", "budget"), ("seeds", "seed"), ("shots", "shots")):
+        named[name] = integers(f"--{option}", typed.pop(option))
+    named["first_token"] = words(typed.pop("first_token"))
+    return {key: value for key, value in {**named, **typed}.items() if value is not None and value != []}
+
+
+def words(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(piece.strip() for piece in text.split(","))
+
+
+def layered(passed: dict[str, Any], preset: str | None, file: Path | None) -> SweepConfig:
+    """Command line over file over preset over KVCLI_* variables over defaults."""
+    values: dict[str, Any] = {}
+    sources = [(_environment(), "KVCLI_* variables"), (_preset(preset), f"--preset {preset}")]
+    sources += [(read_yaml(file), str(file))] if file is not None else []
+    for source, given in [*sources, (passed, "the command line")]:
+        values.update(_checked(source, given))
+    return SweepConfig.from_dict(values, "settings")
+
+
+def _checked(values: dict[str, Any], given: str) -> dict[str, Any]:
+    """The values of one source, wrong ones refused in its name."""
+    config = SweepConfig.from_dict(values, given).to_dict()
+    return {key: config[key] for key in values}
+
+
+def _environment() -> dict[str, Any]:
+    """KVCLI_DATA_DIR=..., KVCLI_SEEDS=0,1: text is read as YAML, lists by commas."""
+    names = {f"{ENVIRONMENT}{name.upper()}": field for name, field in SweepConfig.__dataclass_fields__.items()}
+    found = {names[key].name: (names[key], value) for key, value in os.environ.items() if key in names}
+    if not found:
+        return {}
+    import yaml
+
+    return {
+        name: [yaml.safe_load(piece) for piece in value.split(",")] if "tuple" in str(field.type) else yaml.safe_load(value)
+        for name, (field, value) in found.items()
+    }
+
+
+def _preset(name: str | None) -> dict[str, Any]:
+    if name is None:
+        return {}
+    folder = Path(__file__).parents[1] / "presets"
+    known = {path.stem: path for path in folder.glob("*.yaml")}
+    if name not in known:
+        raise unknown("preset", name, known, given=f"--preset {name}", listing="docs/cli.md")
+    return read_yaml(known[name])

@@ -1,0 +1,225 @@
+"""kvcli show: one prompt with the tokens each method kept, and all outputs side by side."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvcli.cli import output
+from kvcli.errors import KvcliError, unknown
+from kvcli.grammar import parse_methods, parse_ratios, ratio_text
+from kvcli.results import store
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+MOST_MAPS = 4
+SHADES = ((0.75, "black on #3fb950"), (0.5, "on #238746"), (0.25, "on #1b5e32"), (0.0, "on #12351f"))
+"""Style of a token by the share of layers and KV heads that kept it; dim where none did."""
+
+Record = dict[str, Any]
+
+
+def command(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A result folder, its name or a unique beginning of it.")],
+    task: Annotated[str | None, typer.Option("--task", help="The task; without it: what there is.")] = None,
+    sample: Annotated[str | None, typer.Option("--sample", help="The sample's id; without it: the task's samples.")] = None,
+    method: Annotated[list[str] | None, typer.Option("--method", help="Only these methods, and full.")] = None,
+    ratio: Annotated[list[str] | None, typer.Option("--ratio", help="Only these kept ratios, and full.")] = None,
+    long: Annotated[bool, typer.Option("--long", help="Print outputs whole.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Print one prompt with kept tokens marked and all outputs.
+
+    Examples:
+      kvcli show runs/demo
+      kvcli show runs/demo --task tb_recall
+      kvcli show runs/demo --task tb_recall --sample ID --method snapkv --ratio 0.1
+    """
+    methods = [str(m) for m in parse_methods(method or [])]
+    ratios = parse_ratios(ratio or [])
+    folder = store.find_run(run)
+    if task is None:
+        _show_tasks(folder, as_json)
+    elif sample is None:
+        _show_samples(folder, task.replace("-", "_"), as_json)
+    else:
+        facts = facts_of_sample(folder, task.replace("-", "_"), sample, methods, ratios)
+        output.json_result(facts) if as_json else _show_sample(folder, facts, long)
+
+
+# --- what there is ----------------------------------------------------------------------------------------------------
+
+
+def _show_tasks(folder: Path, as_json: bool) -> None:
+    rows: dict[str, dict[str, Any]] = {}
+    for record in store.read_records(folder, ("task", "method")):
+        row = rows.setdefault(record["task"], {"samples": {}, "methods": {}, "cells": {}})
+        for name, value in (("samples", "sample_id"), ("methods", "method"), ("cells", "cell_id")):
+            row[name][record[value]] = True
+    tasks = [
+        {"task": name, "samples": len(row["samples"]), "cells": len(row["cells"]), "methods": list(row["methods"])}
+        for name, row in rows.items()
+    ]
+    if as_json:
+        output.json_result(tasks)
+        return
+    listed = [(t["task"], t["samples"], t["cells"], " ".join(t["methods"])) for t in tasks]
+    output.result(output.table(("task", "samples", "cells", "methods"), listed))
+    if tasks:
+        output.next_command(f"kvcli show {folder} --task {tasks[0]['task']}")
+
+
+def _show_samples(folder: Path, task: str, as_json: bool) -> None:
+    rows: dict[str, dict[str, Any]] = {}
+    for record in _records_of(folder, task, ("score",)):
+        row = rows.setdefault(record["sample_id"], {"sample": record["sample_id"], "cells": 0, "scores": []})
+        row["cells"] += 1
+        row["scores"] += [record["score"]] if record["score"] is not None else []
+    samples = []
+    for name, row in rows.items():
+        scores = row.pop("scores")
+        marked = store.map_path(folder, task, name, "any").parent.is_dir()
+        samples.append({**row, "mean_score": sum(scores) / len(scores) if scores else None, "kept_marked": marked})
+    samples.sort(key=lambda s: not s["kept_marked"])
+    if as_json:
+        output.json_result(samples)
+        return
+    listed = [(s["sample"], s["cells"], _short(s["mean_score"]), "yes" if s["kept_marked"] else "no") for s in samples]
+    output.result(output.table(("sample", "cells", "mean score", "kept tokens stored"), listed))
+    output.next_command(f"kvcli show {folder} --task {task} --sample {samples[0]['sample']}")
+
+
+def _records_of(folder: Path, task: str, fields: tuple[str, ...] | None) -> list[Record]:
+    """The task's records; all fields with None. Raises KvcliError when there are none."""
+    records = store.read_records(folder, None if fields is None else ("task", *fields))
+    found = [record for record in records if record["task"] == task]
+    if not found:
+        names = {str(record["task"]) for record in records}
+        raise unknown("task in this folder", task, names, given=f"--task {task}", listing=f"kvcli show {folder}")
+    return found
+
+
+# --- one sample -------------------------------------------------------------------------------------------------------
+
+
+def facts_of_sample(folder: Path, task: str, sample: str, methods: list[str], ratios: list[Decimal]) -> dict[str, Any]:
+    """The prompt and, per cell, its output, scores and the share of layers and heads that kept each token."""
+    every = _records_of(folder, task, None)
+    records = [record for record in every if record["sample_id"] == sample]
+    if not records:
+        known = {record["sample_id"] for record in every}
+        listing = f"kvcli show {folder} --task {task}"
+        raise unknown("sample", sample, known, given=f"--sample {sample}", listing=listing)
+    chosen = [record for record in records if _wanted(record, methods, ratios)]
+    if not chosen:
+        names = sorted({f"{r['method']} {_size(r)}" for r in records})
+        raise KvcliError("no such cell in this folder", given=f"--sample {sample}", fix=f"one of {', '.join(names)}")
+    chosen.sort(key=lambda r: (r["method"] != "full", r["ratio"] or 0, r["budget"] or 0, r["method"], r["first_token"]))
+    prompt = store.read_prompts(folder).get(chosen[0]["prompt_sha"])
+    return {
+        "task": task, "sample_id": sample, "target": chosen[0]["target"], "prompt": prompt,
+        "cells": [{**_cell(record), "kept_share": _share(folder, record)} for record in chosen],
+    }  # fmt: skip
+
+
+def _wanted(record: Record, methods: list[str], ratios: list[Decimal]) -> bool:
+    if record["method"] == "full":
+        return True
+    named = not methods or record["method"] in methods or record["method"].partition(":")[0] in methods
+    sized = not ratios or (record["ratio"] is not None and Decimal(str(record["ratio"])) in ratios)
+    return named and sized
+
+
+def _cell(record: Record) -> dict[str, Any]:
+    names = ("cell_id", "method", "ratio", "budget", "measured_ratio", "first_token", "shots", "seed", "status", "error",
+             "score", "extracted", "output", "finish", "flags", "n_prompt", "kept", "kept_by_region")  # fmt: skip
+    return {name: record.get(name) for name in names}
+
+
+def _share(folder: Path, record: Record) -> list[float] | None:
+    """Per prompt token: mean over layers of the share of KV heads that kept it; None where it was not stored."""
+    path = store.map_path(folder, record["task"], record["sample_id"], record["cell_id"])
+    if not path.is_file() or not record["n_prompt"]:
+        return None
+    import numpy as np
+
+    kept = store.read_map(path)
+    share = np.zeros(record["n_prompt"])
+    for heads in kept:
+        share += np.bincount(np.concatenate(heads), minlength=len(share)) / len(heads)
+    return [round(float(value), 4) for value in share / len(kept)]
+
+
+def _show_sample(folder: Path, facts: dict[str, Any], long: bool) -> None:
+    maps = [cell for cell in facts["cells"] if cell["kept_share"] and cell["method"] != "full"]
+    prompt = facts["prompt"]
+    if prompt is None or prompt.get("text") is None:
+        output.note("the prompt's text is not stored (prompts of harmful tasks: sweep --store-prompts)")
+    elif not maps:
+        output.result(_marked(prompt, None))
+        output.note("kept tokens are stored for the first samples of each task only (sweep --keep-maps N)")
+    for cell in maps[:MOST_MAPS] if prompt and prompt.get("text") is not None else []:
+        mean = sum(cell["kept_share"])
+        output.result(f"{_name(cell)}: {mean:.1f} of {cell['n_prompt']} tokens kept (mean over layers and KV heads)")
+        output.result(_marked(prompt, cell["kept_share"]))
+    output.result(f"target: {facts['target']}")
+    headers = ("method", "size", "measured", "score", "answer", "flags", "output")
+    output.result(output.table(headers, [_row(cell, long) for cell in facts["cells"]]))
+    if maps and not output.colours():
+        output.note("· = fewer than half of the layers and KV heads kept the token; colours on a terminal show the share")
+    if len(maps) > MOST_MAPS:
+        output.note(f"{MOST_MAPS} of {len(maps)} kept sets shown: --method and --ratio choose others")
+    output.next_command(f"kvcli report {folder}")
+
+
+def _name(cell: dict[str, Any]) -> str:
+    mode = "" if cell["first_token"] in ("compressed", "n/a", None) else f", first token from {cell['first_token']}"
+    seed = f", seed {cell['seed']}" if cell["seed"] else ""
+    return f"{cell['method']} {_size(cell)}{mode}{seed}"
+
+
+def _size(cell: dict[str, Any]) -> str:
+    if cell["ratio"] is not None:
+        return f"ratio {ratio_text(Decimal(str(cell['ratio'])))}"
+    return f"budget {cell['budget']}" if cell["budget"] is not None else "-"
+
+
+def _row(cell: dict[str, Any], long: bool) -> tuple[Any, ...]:
+    text = cell["output"] if cell["status"] == "ok" else f"failed: {cell['error']}"
+    text = text or ""
+    if not long:
+        text = " ".join(text.split())
+        text = text if len(text) <= 100 else text[:97] + "..."
+    measured, score = _short(cell["measured_ratio"]), _short(cell["score"])
+    return cell["method"], _size(cell), measured, score, cell["extracted"], " ".join(cell["flags"] or []) or "-", text
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+def _marked(prompt: dict[str, Any], share: list[float] | None) -> Text:
+    """The prompt by regions, each token in the style (off a terminal: dots) of its share."""
+    from rich.text import Text
+
+    coloured, ends, text = output.colours(), prompt["offsets"], prompt["text"]
+    drawn = Text()
+    for label, start, end in prompt["regions"]:
+        if (ends[start - 1] if start else 0) == ends[end - 1]:
+            continue  # special tokens without text
+        kept = "" if share is None else f": {100 * sum(share[start:end]) / (end - start):.0f} % kept"
+        drawn.append(f"[{label}{kept}]\n", "bold" if coloured else "")
+        for token in range(start, end):
+            piece = text[ends[token - 1] if token else 0 : ends[token]]
+            if share is None:
+                drawn.append(piece)
+            elif coloured:
+                drawn.append(piece, next((style for floor, style in SHADES if share[token] > floor), "dim"))
+            else:
+                drawn.append(piece if share[token] >= 0.5 else "".join(c if c.isspace() else "·" for c in piece))
+        drawn.append("\n")
+    return drawn

@@ -1,0 +1,184 @@
+"""The summary as tables for the terminal and as JSON. Fits its width: cells in one line, stacked, or in blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kvcli.analysis import wording
+from kvcli.analysis.tables import CellSummary, Column, TaskTable
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
+WIDEST = 120
+_NAME_WIDTH = 24
+_GAP = 2
+STYLES = {"loss": "bold dark_orange", "gain": "bold dodger_blue1", "open": "dim", "none": "dim"}
+"""Orange and blue stay apart for colour-blind readers; the mark * says the same without colour."""
+
+
+class SummaryView:
+    """All tables of a run with warnings above and one legend below, drawn for the width it is printed at."""
+
+    def __init__(self, tables: Sequence[TaskTable]) -> None:
+        self.tables = tables
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.text import Text
+
+        width = min(options.max_width, WIDEST)
+        for table in self.tables:
+            yield _title(table)
+            for warning in table.warnings:
+                yield Text(f"warning: {warning}", style="bold yellow")
+            for note in table.notes:
+                yield Text(note, style="dim")
+            yield from _blocks(table, width)
+            yield Text("")
+        yield from _legend(self.tables)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        from rich.measure import Measurement
+
+        return Measurement(min(60, options.max_width), min(WIDEST, options.max_width))
+
+
+def as_json(summary: Sequence[TaskTable]) -> list[dict[str, Any]]:
+    """The summary as plain values: one object per table, with verdicts and every number unrounded."""
+    return [
+        {
+            **{k: v for k, v in dataclasses.asdict(table).items() if k not in ("rows", "full", "columns")},
+            "columns": [column.text for column in table.columns],
+            "full": table.full and _cell_json(table.full),
+            "cells": [_cell_json(cell) for cell in table.cells()],
+        }
+        for table in summary
+    ]
+
+
+def _cell_json(cell: CellSummary) -> dict[str, Any]:
+    return {**dataclasses.asdict(cell), "verdict": cell.verdict, "over_budget": cell.over_budget}
+
+
+def _title(table: TaskTable) -> Text:
+    from rich.text import Text
+
+    what = ", ".join(str(part) for part in (table.ability, table.metric) if part)
+    text = Text(table.task, style="bold")
+    text.append("".join(f"  {part}" for part in (what, wording.mode(table)) if part), style="not bold")
+    facts = [_full_text(table), f"n {wording.sample_range(table)}"]
+    if table.clusters:
+        facts.append(f"in {table.clusters} clusters")
+    if table.chance is not None:
+        facts.append(f"chance {wording.score(table.chance)}")
+    if table.n_prompt is not None:
+        facts.append(f"prompt {table.n_prompt:.0f} tokens")
+    return text.append("\n" + "  ".join(filter(None, facts)), style="not bold dim")
+
+
+def _full_text(table: TaskTable) -> str:
+    if table.full is None or not table.full.n:
+        return ""
+    return f"full {wording.score(table.full.score)} {wording.score_interval(table.full.interval)}"
+
+
+def _blocks(table: TaskTable, width: int) -> Iterator[Table]:
+    """The table, or several parts of its columns below one another."""
+    if not table.rows:
+        return
+    for stacked in (False, True):
+        drawn = {column.text: _draw(table, column, stacked) for column in table.columns}
+        parts = _fit(table, drawn, width)
+        if stacked or len(parts) == 1:
+            yield from (_grid(table, columns, drawn) for columns in parts)
+            return
+
+
+def _fit(table: TaskTable, drawn: dict[str, _Drawn], width: int) -> list[list[Column]]:
+    """Columns in blocks that fit the width beside the names."""
+    left = min(max(len("method"), *(len(row.method) for row in table.rows)), _NAME_WIDTH) + _GAP
+    parts: list[list[Column]] = [[]]
+    used = left
+    for column in table.columns:
+        need = drawn[column.text].width + _GAP
+        if parts[-1] and used + need > width:
+            parts.append([])
+            used = left
+        parts[-1].append(column)
+        used += need
+    return parts
+
+
+def _grid(table: TaskTable, columns: Sequence[Column], drawn: dict[str, _Drawn]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, _GAP, 0, 0), show_edge=False, pad_edge=False, header_style="bold")
+    grid.add_column("method", max_width=_NAME_WIDTH, overflow="fold")
+    for column in columns:
+        grid.add_column(drawn[column.text].head, no_wrap=True)
+    for row in table.rows:
+        grid.add_row(Text(row.method), *(drawn[column.text].cells.get(row.method, "") for column in columns))
+    return grid
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    """One column as drawn, padded by hand: numbers stand right-aligned with their marks to the right of them."""
+
+    head: str
+    cells: dict[str, Text]
+    width: int
+
+
+def _draw(table: TaskTable, column: Column, stacked: bool) -> _Drawn:
+    """Score, difference to full in points with its marks, measured ratio where it is not what was asked for."""
+    from rich.text import Text
+
+    cells = {row.method: row.cells[column.text] for row in table.rows if column.text in row.cells}
+    marks = {name: wording.marks(cell, table.full) for name, cell in cells.items()}
+    change = {name: wording.points(c.difference.value) if c.difference else "" for name, c in cells.items()}
+    ratio = {n: f"@{wording.measured(c.measured_ratio)}" if wording.off_target(c) else "" for n, c in cells.items()}
+    mark_width = max(map(len, marks.values()), default=0)
+    wide = max([4, *map(len, change.values()), *(len(r) for r in ratio.values() if stacked)])
+    drawn = {}
+    for name, cell in cells.items():
+        changed = change[name].rjust(wide) + marks[name].ljust(mark_width)
+        score = wording.score(cell.score).rjust(wide if stacked else 4)
+        at = ratio[name].rjust(wide) if stacked else ratio[name]
+        parts = [(score, ""), (changed, STYLES[cell.verdict]), (at, "dim")]
+        lines = [Text(text, style=style) for text, style in parts if text.strip()]
+        drawn[name] = Text("\n" if stacked else " ").join(lines)
+    number = wide if stacked else 5 + wide
+    width = max([len(line) for text in drawn.values() for line in text.plain.split("\n")] + [len(column.text)])
+    return _Drawn(column.text.rjust(number), drawn, max(width, number))
+
+
+def _legend(tables: Sequence[TaskTable]) -> Iterator[RenderableType]:
+    from rich.table import Table
+    from rich.text import Text
+
+    cells = [(cell, table) for table in tables for cell in table.cells()]
+    if not cells:
+        return
+    lines = [("", "columns: kept ratio asked for; cells: score, then difference to full in points on the same samples")]
+    if any(wording.off_target(cell) for cell, _ in cells):
+        lines.append(("@", "measured ratio (bytes kept / bytes of the 16-bit full cache); elsewhere within 0.01 of it"))
+    elif all(cell.measured_ratio is not None for cell, _ in cells):
+        lines.append(("", "measured ratios are within 0.01 of what was asked for"))
+    lines += wording.legend(wording.marks(cell, table.full) for cell, table in cells)
+    seeds = sorted({cell.seeds for cell, _ in cells if cell.seeds > 1})
+    if seeds:
+        lines.append(("", f"random methods: mean of {' or '.join(map(str, seeds))} seeds within each sample"))
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid.add_column(width=1)
+    grid.add_column()
+    for mark, meaning in lines:
+        grid.add_row(Text(mark, style="dim"), Text(meaning, style="dim"))
+    yield grid

@@ -1,0 +1,94 @@
+"""kvcli testbed: the embedded model's own commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvcli.cli import output
+from kvcli.errors import KvcliError
+
+app = typer.Typer(
+    name="testbed", help="Train and measure the embedded testbed model.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False,
+)  # fmt: skip
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints and the trained model.")],
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of the recipe's 8000.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+) -> None:
+    """Train the testbed model from its recipe.
+
+    About 20 minutes on one core. The result is OUT/model; use it as --model OUT/model.
+
+    \b
+    Examples:
+      kvcli testbed train --out my-testbed
+      kvcli testbed train --out my-testbed --resume
+      kvcli sweep --model ./my-testbed/model --task testbed --method snapkv --ratio 0.2
+    """
+    from kvcli.testbed.train import Progress, Recipe
+    from kvcli.testbed.train import train as run
+
+    recipe = Recipe(seed=seed) if steps is None else Recipe(seed=seed, steps=steps)
+    try:
+        with output.progress("training") as bar:
+
+            def show(progress: Progress) -> None:
+                facts = {"loss": f"loss {progress.loss:.3f}", "speed": f"{progress.tokens_per_second:,.0f} tokens/s"}
+                if progress.accuracy:
+                    facts["worst"] = f"worst family {min(progress.accuracy.values()):.1%}"
+                bar.update(progress.step, progress.steps, **facts)
+
+            folder = run(recipe, out, resume=resume, threads=threads, report=show)
+    except FileExistsError as e:
+        fix = "--resume to go on, or another --out"
+        raise KvcliError(f"{out} holds a checkpoint", given=f"--out {out}", fix=fix) from e
+    except ValueError as e:
+        raise KvcliError(str(e), given=f"--out {out}", fix="another --out, or the same --steps and --seed") from e
+    output.result(str(folder))
+    output.next_command(f"kvcli sweep --model ./{folder} --task testbed --method tier1 --ratio 0.3")
+
+
+@app.command()
+def accuracy(
+    model: Annotated[str, typer.Option("--model", "-m", help="testbed, or ./FOLDER of another one.")] = "testbed",
+    samples: Annotated[int, typer.Option("--limit", "-n", min=1, help="Prompts per family and length.")] = 200,
+    lengths: Annotated[str, typer.Option("--lengths", help="Prompt lengths in tokens.")] = "160,448,768,960",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Measure full-cache accuracy per family and prompt length.
+
+    Greedy generation, exact answer, on prompts no training run has drawn; the table of docs/testbed.md.
+
+    \b
+    Examples:
+      kvcli testbed accuracy
+      kvcli testbed accuracy --model ./my-testbed/model --limit 50
+    """
+    from kvcli.cli.options import integers
+    from kvcli.cli.running import quiet_libraries
+
+    quiet_libraries()
+    from kvcli.engine.testbed_accuracy import measure
+
+    sizes = integers("--lengths", lengths) or ()
+    total = len(sizes)
+    with output.progress("accuracy") as bar:
+        rows = measure(model, samples, sizes, lambda done, label: bar.update(done, total * 8, cell=label))
+    if json:
+        output.json_result(rows)
+        return
+    from rich.table import Table
+
+    table = Table("prompt tokens", "longest", *rows[0]["accuracy"], title=f"{model}: full cache, n = {samples} per cell")
+    for row in rows:
+        table.add_row(str(row["length"]), str(row["longest"]), *(f"{v:.1%}" for v in row["accuracy"].values()))
+    output.result(table)

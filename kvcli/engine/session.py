@@ -1,0 +1,218 @@
+"""One command's work in one result folder: open or resume it, let the grid grow, run what is missing, close it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvcli.config import GRID, HOUSEKEEPING
+from kvcli.engine.estimate import Estimate, decode_rows, estimate
+from kvcli.engine.plan import MAX_DECODE_ROWS, Cell, Generation, Plan, make_cells
+from kvcli.engine.prepare import Prepared, Request, prepare
+from kvcli.errors import KvcliError
+from kvcli.results.schema import SCHEMA
+
+DEFAULT_MEMORY = {"cpu": 1 << 30, "cuda": 8 << 30}
+"""Bytes for the caches of one decode batch unless --memory says otherwise. Fixed numbers: batches must not depend on what happens to be free."""
+
+
+@dataclass
+class Session:
+    """A checked request with its prompts, its plan and the state of its folder."""
+
+    prepared: Prepared
+    plan: Plan
+    wanted: list[Cell]
+    run: dict[str, Any]
+    decode_rows: int
+    folder: Path
+
+    def estimate(self) -> Estimate:
+        import torch
+
+        item = getattr(torch, self.prepared.dtype).itemsize
+        length = self.prepared.request.config.max_new_tokens
+        return estimate(
+            self.plan, self.wanted, self.prepared.prompt_sets, self.prepared.model_config, item, self.decode_rows, length
+        )
+
+
+def open_session(request: Request, say: Callable[[str], None]) -> Session:
+    """Reads the folder's state (writing nothing), prepares prompts and plan.
+
+    Raises KvcliError when the folder holds results of another model, tokenizer, dtype, data or settings.
+    """
+    from kvcli.results.store import RUN, check_out, ensure_same, read_run
+
+    folder = Path(request.out)
+    check_out(folder)
+    old = read_run(folder) if (folder / RUN).exists() else {}
+    generations = list(old.get("generations", []))
+    limits = [g["grid"]["limit"] for g in generations] + [request.config.limit]
+    prepared = prepare(request, None if None in limits else max(limits), say)
+    identity = full_identity(prepared)
+    if "identity" in old:
+        ensure_same(old["identity"], identity, folder)
+    _same_data(old, prepared, folder)
+    wanted = prepared.cells
+    grid = {name: value for name, value in request.config.to_dict().items() if name in GRID}
+    if not any(_covers(g, wanted, request.config.limit) for g in generations):
+        generations.append({"grid": grid, "cells": [c.id for c in wanted]})
+    prepared.cells = _all_cells(prepared, generations)
+    plan = prepared.plan([Generation(tuple(g["cells"]), g["grid"]["limit"]) for g in generations])
+    rows = old.get("batching", {}).get("decode_rows") or _rows(prepared)
+    run = {**old, "identity": identity, "generations": generations,
+           "batching": {"decode_rows": rows, "prefill_rows": request.config.prefill_batch}}  # fmt: skip
+    return Session(prepared, plan, wanted, run, rows, folder)
+
+
+def full_identity(prepared: Prepared) -> dict[str, Any]:
+    """What a folder's results have in common: model, dtype, tokenizer, and all settings that are not the grid."""
+    config = prepared.request.config.to_dict()
+    own = {k: v for k, v in config.items() if k not in (*GRID, *HOUSEKEEPING, "model", "dtype", "device", "data_dir", "attn")}
+    return {**own, **prepared.identity}
+
+
+def _covers(generation: dict[str, Any], wanted: list[Cell], limit: int | None) -> bool:
+    had = generation["grid"]["limit"]
+    enough = had is None or (limit is not None and limit <= had)
+    return enough and {c.id for c in wanted} <= set(generation["cells"])
+
+
+def _all_cells(prepared: Prepared, generations: list[dict[str, Any]]) -> list[Cell]:
+    """The wanted cells and those earlier commands asked for on the same prompts, so that batches form as they did."""
+    request = prepared.request
+    cells = {cell.id: cell for cell in prepared.cells}
+    facts = {**prepared.identity, "weights": "dense", "template": request.config.template}
+    keys = set(prepared.prompt_sets)
+    for generation in generations:
+        grid = {k: tuple(v) if isinstance(v, list) else v for k, v in generation["grid"].items()}
+        config = dataclasses.replace(request.config, **grid)
+        tasks = [t for t in request.tasks if t.name in config.tasks]
+        try:
+            earlier = make_cells(config, tasks, facts)
+        except KvcliError:  # a plugin file that is gone: its cells cannot be formed again
+            continue
+        cells.update((c.id, c) for c in earlier if c.prompt_key in keys and c.id in generation["cells"])
+    return list(cells.values())
+
+
+def _same_data(old: dict[str, Any], prepared: Prepared, folder: Path) -> None:
+    """The first prompt of each task must be the one the folder has seen."""
+    for (task, shots), prompts in prepared.prompt_sets.items():
+        seen = old.get("tasks", {}).get(task, {}).get("data", {}).get(str(shots))
+        if seen and prompts.prompts and seen != prompts.prompts[0].sha:
+            what = f"{folder} holds results of other data for {task}"
+            given = f"first prompt {prompts.prompts[0].sha[:12]}; {folder} has {seen[:12]}"
+            raise KvcliError(what, given=given, fix="--out with another folder, or the data it was made with")
+
+
+def _rows(prepared: Prepared) -> int:
+    import torch
+
+    config = prepared.request.config
+    if config.decode_batch:
+        return config.decode_batch
+    kind = torch.device(prepared.device).type
+    memory = parse_memory(config.memory) if config.memory else DEFAULT_MEMORY.get(kind, 1 << 30)
+    longest = 1
+    for prompts in prepared.prompt_sets.values():
+        room = config.max_new_tokens or prompts.task.max_new_tokens
+        longest = max([longest, *(len(p.ids) + room for p in prompts.prompts)])
+    item = getattr(torch, prepared.dtype).itemsize
+    return decode_rows(prepared.model_config, item, longest, memory, MAX_DECODE_ROWS)
+
+
+def parse_memory(text: str) -> int:
+    """'512M', '8G', '1.5GiB' -> bytes. Raises KvcliError."""
+    import re
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])i?B?", text.strip(), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise KvcliError(f"'{text}' is not an amount of memory", given=f"--memory {text}", fix="--memory 8G")
+    return int(float(match[1]) * 1024 ** ("KMGT".index(match[2].upper()) + 1))
+
+
+def task_facts(prepared: Prepared, old: dict[str, Any]) -> dict[str, Any]:
+    """What the analysis must know of each task, and the first prompt's hash per number of shots."""
+    tasks = dict(old)
+    for (name, shots), prompts in prepared.prompt_sets.items():
+        task = prompts.task
+        data = {**tasks.get(name, {}).get("data", {}), str(shots): prompts.prompts[0].sha if prompts.prompts else ""}
+        tasks[name] = {
+            "ability": task.ability, "metric": task.metric, "version": task.version, "chance": task.chance,
+            "harmful": task.harmful, "reference": task.reference, "suites": list(task.suites),
+            "source": task.source, "data": data,
+        }  # fmt: skip
+    return tasks
+
+
+def execute(
+    session: Session,
+    *,
+    argv: list[str],
+    passed: dict[str, Any],
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+    progress: Callable[[int, int, str], None],
+    stop: Callable[[], Any],
+) -> Any:
+    """Runs what is missing of the wanted cells and returns the runner's Outcome."""
+    import torch
+
+    from kvcli.engine.runner import Options, Outcome, Runner
+    from kvcli.models import loader
+    from kvcli.models.wrapper import Model
+    from kvcli.results import provenance
+    from kvcli.results.store import RunStore, read_records
+
+    prepared, config = session.prepared, session.prepared.request.config
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with RunStore(session.folder) as store:
+        for note in store.notes:
+            warn(note)
+        with store.edit_run() as run:
+            run.update(session.run)
+            run.update(
+                schema=SCHEMA, status="running", argv=argv, passed=passed, config=config.to_dict(),
+                tasks=task_facts(prepared, run.get("tasks", {})), provenance=provenance.collect(),
+                cells={**run.get("cells", {}), **{c.id: c.describe() for c in prepared.cells}},
+            )  # fmt: skip
+        wanted = {c.id for c in session.wanted}
+        options = Options(
+            session.decode_rows, config.keep_maps, config.store_prompts, config.max_new_tokens, config.ignore_eos,
+            config.strict_window,
+        )  # fmt: skip
+        runner = Runner(None, session.plan, prepared.prompt_sets, store, options, stop, progress, wanted=wanted)  # type: ignore[arg-type]
+        outcome: Outcome = Outcome()
+        status = "failed"
+        try:
+            if runner.anything_missing():
+                runner.full_outputs = _full_outputs(read_records(session.folder), session.plan)
+                say(f"loading {prepared.request.source.text} ({prepared.dtype}, {prepared.device})")
+                hf = loader.load_weights(
+                    prepared.model_config, prepared.request.source, prepared.dtype, prepared.device,
+                    trust_remote_code=config.trust_remote_code,
+                )  # fmt: skip
+                runner.model = Model(hf, prepared.tokenizer, name=prepared.request.source.text, attn=config.attn)
+                with store.edit_run() as run:
+                    run["model"] = dataclasses.asdict(runner.model.shapes)
+                outcome = runner.run()
+            status = "stopped" if outcome.stopped else "done"
+        finally:
+            with store.edit_run() as run:
+                run["status"] = status
+    return outcome
+
+
+def _full_outputs(records: list[dict[str, Any]], plan: Plan) -> dict[tuple[str, str], list[int]]:
+    found = {}
+    for record in records:
+        if record["method"] == "full" and record["status"] == "ok" and record["cell_id"] in plan.cells:
+            mode = f"{record['task']}/{record['shots']}/{record['first_token']}"
+            found[mode, record["sample_id"]] = record["output_ids"]
+    return found

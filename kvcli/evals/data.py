@@ -1,0 +1,217 @@
+"""Rows of a data set: from JSON Lines in `--data-dir`, or from the hub through `datasets`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvcli.errors import KvcliError
+
+HUB_SECONDS = 12.0
+"""How long an unreachable hub is waited for; with the imports it stays under 20 s."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Where a task's rows are: `path`, `name` and `revision` as `datasets.load_dataset` takes them."""
+
+    task: str
+    path: str | None
+    name: str | None = None
+    revision: str | None = None
+
+    def folder_names(self) -> list[str]:
+        """Names its folder may have in `--data-dir`: the task's, the data set's last word, the configuration's."""
+        words = [self.task, self.path.rpartition("/")[2] if self.path else None, self.name]
+        both = [spelling for word in words if word for spelling in (word, _plain(word))]
+        return list(dict.fromkeys(both))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row, its number from 0, and where it stands for messages (file and line)."""
+
+    values: dict[str, Any]
+    index: int
+    where: str
+
+
+def permutation(salt: str, n: int) -> list[int]:
+    """The numbers below n in an order fixed by the text alone."""
+    order = list(range(n))
+    random.Random(salt).shuffle(order)
+    return order
+
+
+def first_of(task: str, n: int, limit: int | None) -> list[int]:
+    """The first `limit` of the task's permutation of n samples: 20 is inside 100."""
+    if limit is not None and limit < 1:
+        raise KvcliError("a limit must be at least 1", given=f"--limit {limit}", fix="--limit 20")
+    return permutation(f"kvcli:{task}", n)[:limit]
+
+
+def read_split(data: DataSet, split: str, data_dir: str | None) -> list[Row]:
+    """All rows of a split. Raises KvcliError when they cannot be had, or when there are none."""
+    rows = read_jsonl(split_file(data, split, data_dir)) if data_dir is not None else load_hub(data, split)
+    if not rows:
+        where = split_file(data, split, data_dir) if data_dir is not None else f"{data.path} {split}"
+        raise KvcliError(f"{where}: split '{split}' is empty", given=f"--task {data.task}", fix="put rows into it")
+    return rows
+
+
+def find_folder(data: DataSet, data_dir: str) -> Path:
+    """The data set's folder in `--data-dir`."""
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        raise KvcliError(f"no folder {root}", given=f"--data-dir {data_dir}", fix="check the path")
+    for name in data.folder_names():
+        if (root / name).is_dir():
+            return root / name
+    fix = f"name its folder {root / data.folder_names()[0]}"
+    if data.path:
+        fix += ", or leave --data-dir out to load from the hub"
+    wanted = ", ".join(data.folder_names())
+    what = f"no rows for task '{data.task}' in {root}: no sub-folder {wanted}"
+    raise KvcliError(what, given=f"--data-dir {data_dir}", fix=fix)
+
+
+def split_file(data: DataSet, split: str, data_dir: str) -> Path:
+    """`<split>.jsonl` in the data set's folder, or `<configuration>/<split>.jsonl`, `<configuration>_<split>.jsonl`."""
+    folder = find_folder(data, data_dir)
+    names = [f"{data.name}/{split}.jsonl", f"{data.name}_{split}.jsonl"] if data.name else []
+    for name in [*names, f"{split}.jsonl"]:
+        if (folder / name).is_file():
+            return folder / name
+    there = ", ".join(sorted(p.name for p in folder.glob("*.jsonl"))) or "no .jsonl file"
+    what = f"no split '{split}' of task '{data.task}': no file {folder / split}.jsonl"
+    raise KvcliError(what, given=f"--data-dir {data_dir} (has {there})", fix=f"write {split}.jsonl, one row a line")
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    """Rows of a JSON Lines file. Raises KvcliError naming the line that cannot be used."""
+    rows: list[Row] = []
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as e:
+        raise KvcliError(f"cannot read {path}: {e.strerror}", given=str(path), fix="check the file") from e
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            rows.append(Row(_parsed(line, f"{path}:{number}", number == len(lines)), len(rows), f"{path}:{number}"))
+    return rows
+
+
+def _parsed(line: bytes, where: str, last: bool) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except UnicodeDecodeError as e:
+        raise KvcliError(f"{where}: not UTF-8 text", given=where, fix="save the file as UTF-8") from e
+    except (ValueError, RecursionError) as e:
+        cut = last and line.lstrip().startswith(b"{") and not line.rstrip().endswith(b"}")
+        what = "the line is cut off" if cut else f"not a JSON object: {e}"
+        fix = "get the file again: it ends in the middle" if cut else "mend or remove that line"
+        raise KvcliError(f"{where}: {what}", given=where, fix=fix) from e
+    if not isinstance(values, dict):
+        fix = 'write {"field": value, ...}'
+        raise KvcliError(f"{where}: a row must be a JSON object, not {type(values).__name__}", given=where, fix=fix)
+    return values
+
+
+def bad_row(row: Row, what: str, task: str, source: str) -> KvcliError:
+    """The error for a row that a task cannot use."""
+    fix = f"mend the row, or the templates in {source}" if source else "mend the row"
+    return KvcliError(f"{row.where}: {what}", given=f"--task {task}", fix=fix)
+
+
+def load_hub(data: DataSet, split: str) -> list[Row]:
+    """All rows of a split from the hub, or from the local cache of an earlier download when the hub is away."""
+    if data.path is None:
+        fix = f"--data-dir DIR with {data.task}/{split}.jsonl in it"
+        raise KvcliError(f"task '{data.task}' names no data set on the hub", given=f"--task {data.task}", fix=fix)
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
+    reason = _unreachable(data)
+    try:
+        with _offline() if reason else contextlib.nullcontext():
+            loaded = _load_dataset(data, split)
+    except Exception as e:
+        raise _hub_error(data, split, reason, e) from e
+    where = f"{data.path}/{split}"
+    return [Row(dict(values), i, f"{where} row {i + 1}") for i, values in enumerate(loaded)]
+
+
+def _load_dataset(data: DataSet, split: str) -> Any:
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return datasets.load_dataset(data.path, data.name, split=split, revision=data.revision)
+
+
+def _unreachable(data: DataSet) -> str:
+    """Why the hub cannot be reached, empty when it answers (even with a refusal).
+
+    One request without retries, in a thread of its own: `datasets` itself would try again for minutes.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+
+    def ask() -> str:
+        try:
+            HfApi().dataset_info(str(data.path), revision=data.revision, timeout=HUB_SECONDS * 0.8)
+        except HfHubHTTPError as e:
+            status = e.response.status_code if e.response is not None else 0
+            return f"it answers with status {status}" if status >= 500 or status == 407 else ""
+        except Exception as e:
+            return str(e).split("\n")[0] or type(e).__name__
+        return ""
+
+    return _within(HUB_SECONDS, ask, f"no answer within {HUB_SECONDS:.0f} s")
+
+
+def _within(seconds: float, ask: Callable[[], str], late: str) -> str:
+    answers: list[str] = []
+    thread = threading.Thread(target=lambda: answers.append(ask()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else late
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """`datasets` and the hub client look at the local cache only."""
+    import datasets
+    import huggingface_hub.constants as hub
+
+    before = datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before
+
+
+def _hub_error(data: DataSet, split: str, reason: str, error: Exception) -> KvcliError:
+    named = f"{data.path}" + (f" ({data.name})" if data.name else "")
+    given = f"--task {data.task}: {named}, split {split}"
+    folder = data.folder_names()[-1 if not data.path else 0]
+    fix = f"--data-dir DIR with {folder}/{split}.jsonl in it"
+    if reason:
+        return KvcliError(f"the hub cannot be reached for data set {named}: {reason}", given=given, fix=fix)
+    first = str(error).strip().split("\n")[0]
+    return KvcliError(f"data set {named} cannot be loaded: {first}", given=given, fix=fix)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"\W+", "_", name).lower()

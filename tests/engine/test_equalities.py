@@ -1,0 +1,270 @@
+"""The equalities of docs/architecture.md that a user's trust rests on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from kvcli.attention.capture import Needs
+from kvcli.cache.budget import Budget
+from kvcli.cache.kv_cache import CompressedCache, Kept, Row, head_positions
+from kvcli.config import SweepConfig
+from kvcli.engine.generate import Start, StopRules, generate
+from kvcli.engine.runner import question_start
+from kvcli.engine.selecting import select
+from kvcli.methods import catalog
+from kvcli.methods.context import Context
+from kvcli.models.wrapper import Model, Prefilled
+from tests.engine import tiny
+
+METHODS = [n for n in catalog.names() if n != "full"]
+TIER1 = SweepConfig(methods=tuple(METHODS), ratios=("0.2", "0.5"), first_token=("compressed", "prefill"))
+
+
+@pytest.fixture
+def exact() -> Iterator[Model]:
+    """A float64 model whose norms stay in float64."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(LlamaRMSNorm, "forward", tiny.exact_norm)
+    yield tiny.tiny_llama(torch.float64)
+    patch.undo()
+
+
+def prefilled(model: Model, n: int, needs: set[str]) -> tuple[Prefilled, Context]:
+    prompt = tiny.prompt(n, seed=n)
+    done = model.prefill([prompt.ids], Needs.of(needs), [question_start(prompt.regions)])
+    context = Context(
+        n=n, heads=model.shapes.heads, kv_heads=model.shapes.kv_heads[0], token_ids=prompt.ids, regions=prompt.regions,
+        keys=[k[0] for k in done.keys], values=[v[0] for v in done.values],
+        column_sums={name: [s[0] for s in sums] for name, sums in done.capture.column_sums.items()},
+        window_queries=[q[0] for q in done.capture.window_queries], scaling=done.capture.scaling, sample_id="s", seed=0,
+    )  # fmt: skip
+    return done, context
+
+
+def masked_logits(model: Model, ids: list[int], n: int, kept: Kept, first_masked: int) -> Tensor:
+    """Logits of the unmodified model over the whole text, where rows from `first_masked` on do not see evicted keys.
+
+    Written apart from kvcli's attention: transformers' own sdpa with one additive mask per layer and head.
+    """
+    hf, size = model.hf, len(ids)
+    group = model.shapes.heads // model.shapes.kv_heads[0]
+    hooks = []
+    for number, layer in enumerate(hf.model.layers):
+        visible = torch.ones(size, size, dtype=torch.bool).tril().repeat(model.shapes.heads, 1, 1)
+        for head, positions in enumerate(head_positions(kept[number], model.shapes.kv_heads[number])):
+            gone = torch.ones(n, dtype=torch.bool)
+            gone[positions] = False
+            gone[first_masked:] = False
+            for h in range(head * group, (head + 1) * group):
+                visible[h, first_masked:, :n] &= ~gone
+        mask = torch.zeros(1, *visible.shape, dtype=hf.dtype).masked_fill(~visible[None], float("-inf"))
+
+        def give(module: object, args: tuple, kwargs: dict, mask: Tensor = mask) -> tuple[tuple, dict]:  # type: ignore[type-arg]
+            return args, {**kwargs, "attention_mask": mask}
+
+        hooks.append(layer.self_attn.register_forward_pre_hook(give, with_kwargs=True))
+    hf.set_attn_implementation("sdpa")
+    try:
+        with torch.no_grad():
+            return hf(torch.tensor([ids]), use_cache=False).logits[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("first_token", ["compressed", "prefill"])
+@pytest.mark.parametrize("method", [*METHODS, "pyramidkv:window=2,beta=4", "shotkv:scope=all-layers,queries=question"])
+def test_evicted_cache_decodes_like_the_full_cache_with_those_positions_masked(
+    exact: Model, method: str, first_token: str
+) -> None:
+    """Equality 2, float64: step by step and all new tokens in one pass."""
+    n, new = 90, 6
+    built = catalog.build(method)
+    done, context = prefilled(exact, n, set(built.needs()))
+    budget = Budget.of_size(27, n, context.layers, context.kv_heads)
+    kept = select(built, context, budget).kept
+    assert sum(len(p) for layer in kept for p in head_positions(layer, 2)) < n * 2 * context.layers
+    compressed = first_token == "compressed"
+    in_cache = [[p[:-1] for p in head_positions(layer, 2)] for layer in kept] if compressed else kept
+    begin = n - 1 if compressed else n
+    row = Row(context.keys, context.values, in_cache)  # type: ignore[arg-type]
+    given = None if compressed else int(done.logits[0].argmax())
+    start = Start(context.token_ids[-1], begin, given)
+    out = generate(exact, CompressedCache([row], new), [start], [StopRules(new)])[0].ids
+    fed = ([context.token_ids[-1]] if compressed else []) + out[:-1]
+    cache = CompressedCache([row], len(fed))
+    stepwise = [exact.step(torch.tensor([[t]]), torch.tensor([[begin + i]]), cache)[0, 0] for i, t in enumerate(fed)]
+    positions = torch.arange(begin, begin + len(fed))[None]
+    at_once = exact.step(torch.tensor([fed]), positions, CompressedCache([row], len(fed)))[0]
+    truth = masked_logits(exact, context.token_ids[:begin] + fed, n, kept, begin)[begin:]
+    assert torch.allclose(torch.stack(stepwise), truth, rtol=0, atol=1e-10)
+    assert torch.allclose(at_once, truth, rtol=0, atol=1e-10)
+    assert truth.argmax(-1).tolist() == out[-len(fed) :]
+
+
+def test_per_head_and_per_layer_lengths_in_one_batch(exact: Model) -> None:
+    """Equality 2 for ragged rows: every layer and KV head of every row keeps another number of pairs."""
+    n, generator = 60, torch.Generator().manual_seed(3)
+    _, context = prefilled(exact, n, set())
+
+    def pick(size: int) -> Tensor:
+        return torch.cat([torch.randperm(n - 1, generator=generator)[: size - 1].sort().values, torch.tensor([n - 1])])
+
+    rows_kept: list[Kept] = [[[pick(5 + 7 * row + 3 * layer + 11 * h) for h in range(2)] for layer in range(3)] for row in range(3)]
+    rows_kept.append([torch.arange(n)] * 3)
+    tokens = torch.tensor([5, 9, 17])
+    rows = [Row(context.keys, context.values, kept) for kept in rows_kept]
+    cache = CompressedCache(rows, len(tokens))
+    for i, token in enumerate(tokens):
+        logits = exact.step(token.expand(4, 1), torch.full((4, 1), n + i), cache)[:, 0]
+        for row, kept in enumerate(rows_kept):
+            truth = masked_logits(exact, context.token_ids + tokens[: i + 1].tolist(), n, kept, n)[-1]
+            assert torch.allclose(logits[row], truth, rtol=0, atol=1e-10)
+
+
+def test_wrong_positions_are_noticed(exact: Model) -> None:
+    """The control of equality 2: continuing at the physical length gives other logits."""
+    n = 60
+    _, context = prefilled(exact, n, set())
+    kept = [torch.arange(30, 60)] * 3
+    row = Row(context.keys, context.values, kept)
+    right = exact.step(torch.tensor([[5]]), torch.tensor([[n]]), CompressedCache([row], 1))
+    wrong = exact.step(torch.tensor([[5]]), torch.tensor([[30]]), CompressedCache([row], 1))
+    assert (right - wrong).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("first_token", ["compressed", "prefill"])
+def test_full_and_every_method_at_ratio_one_give_the_tokens_of_generate(first_token: str) -> None:
+    """Equality 1, float32."""
+    model = tiny.tiny_llama()
+    prompts = tiny.prompt_set([50, 33, 61])
+    config = SweepConfig(methods=tuple(METHODS), ratios=("1",), first_token=(first_token,))
+    sink, outcome = tiny.run(model, config, prompts)
+    assert outcome.errors == 0
+    model.hf.set_attn_implementation("sdpa")
+    for record in sink.records:
+        ids = prompts.prompts[int(record["sample_id"][1:])].ids
+        plain = model.hf.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=0)
+        assert record["output_ids"] == plain[0, len(ids) :].tolist(), record["method"]
+        assert record["measured_ratio"] == 1.0
+        assert record["flags"] == []
+    assert len(sink.records) == 3 * (1 + len(METHODS))
+
+
+def test_shared_sweep_equals_separate_runs_any_batch_size_any_order(exact: Model) -> None:
+    """Equality 3, float64: same kept sets, same tokens, same records, whatever runs beside a row."""
+    prompts = tiny.prompt_set([50, 21, 64, 37, 45])
+    shared, _ = tiny.run(exact, TIER1, prompts)
+    truth = {key: tiny.same(r) for key, r in shared.by_key().items()}
+    assert len(truth) == 5 * 2 * (1 + 2 * len(METHODS))
+    for prefill_rows, decode_rows in ((1, 1), (5, 7), (2, 1000)):
+        other, _ = tiny.run(exact, TIER1, prompts, prefill_rows=prefill_rows, decode_rows=decode_rows)
+        assert {key: tiny.same(r) for key, r in other.by_key().items()} == truth
+        assert other.maps == shared.maps
+    for method in METHODS:
+        for ratio in TIER1.ratios:
+            alone = SweepConfig(methods=(method,), ratios=(ratio,), first_token=TIER1.first_token)
+            sink, _ = tiny.run(exact, alone, prompts)
+            # the first batch of a run without `full` beside it would lack the divergence; full is always there
+            assert all(tiny.same(r) == truth[key] for key, r in sink.by_key().items())
+    order = list(range(5))
+    random.Random(1).shuffle(order)
+    turned = tiny.PromptSet(prompts.task, 3, [prompts.samples[i] for i in order], [prompts.prompts[i] for i in order])
+    sink, _ = tiny.run(exact, TIER1, turned)
+    assert {key: tiny.same(r) for key, r in sink.by_key().items()} == truth
+
+
+def test_each_sample_gives_alone_what_it_gives_after_another(exact: Model) -> None:
+    """No state is left over: the second of two samples equals a run that never saw the first."""
+    both = tiny.prompt_set([40, 55])
+    second = tiny.PromptSet(both.task, 3, both.samples[1:], both.prompts[1:])
+    together, _ = tiny.run(exact, TIER1, both, prefill_rows=1)
+    alone, _ = tiny.run(exact, TIER1, second)
+    truth = together.by_key()
+    assert alone.records
+    for key, record in alone.by_key().items():
+        assert tiny.same(record) == tiny.same(truth[key])
+        assert alone.maps[key] == together.maps[key]
+        if record["method"] != "full":
+            assert record["measured_ratio"] < 1
+
+
+def test_float32_batches_choose_the_same_positions() -> None:
+    """Equality 3, float32: a kept set differs between batch sizes only where two scores tie to 1e-5."""
+    model = tiny.tiny_llama()
+    prompts = tiny.prompt_set([50, 21, 64, 37])
+    one, _ = tiny.run(model, TIER1, prompts, prefill_rows=1, decode_rows=1)
+    many, _ = tiny.run(model, TIER1, prompts, prefill_rows=4, decode_rows=500)
+    same_sets = sum(one.maps[key] == many.maps[key] for key in one.maps)
+    tokens = [r["output_ids"] == many.by_key()[key]["output_ids"] for key, r in one.by_key().items()]
+    print(f"float32: {same_sets} of {len(one.maps)} kept sets, {sum(tokens)} of {len(tokens)} outputs equal")
+    for key, kept in one.maps.items():
+        assert kept == many.maps[key] or _near_ties(model, prompts, one.by_key()[key], kept, many.maps[key])
+
+
+def _near_ties(model: Model, prompts: tiny.PromptSet, record: dict, a: list, b: list) -> bool:  # type: ignore[type-arg]
+    """Whether the positions that differ have column sums or window scores within 1e-5 of each other."""
+    built = catalog.build(record["method"])
+    prompt = prompts.prompts[int(record["sample_id"][1:])]
+    done = model.prefill([prompt.ids], Needs.of({"column_sum", "window:64"}), [question_start(prompt.regions)])
+    for layer in range(len(a)):
+        for head in range(len(a[layer])):
+            extra, missing = set(a[layer][head]) - set(b[layer][head]), set(b[layer][head]) - set(a[layer][head])
+            scores = done.capture.column_sums["all"][layer][0].mean(0)
+            if "column_sum" not in built.needs() and (extra or missing):
+                return False
+            for x, y in zip(sorted(extra), sorted(missing), strict=True):
+                if abs(scores[x] - scores[y]) > 1e-5 * scores[x]:
+                    return False
+    return True
+
+
+def test_prompts_too_short_to_compress_are_flagged() -> None:
+    """Equality 7: nothing was evicted although something was asked for."""
+    model = tiny.tiny_llama()
+    config = SweepConfig(methods=("snapkv", "h2o"), budgets=(40,))
+    sink, _ = tiny.run(model, config, tiny.prompt_set([30, 60]))
+    flags = {(r["method"], r["sample_id"]): r["flags"] for r in sink.records}
+    assert flags["snapkv", "s0"] == ["noop"]
+    assert flags["h2o", "s0"] == ["noop"]
+    assert "noop" not in flags["snapkv", "s1"]
+    assert flags["full", "s0"] == []
+
+
+def test_rerotated_keys_are_those_of_the_kept_tokens_alone(exact: Model) -> None:
+    """streaming_llm:rerotate, its own equality: layer 0 keys depend on token and position only, so after moving they
+    equal the keys of a prompt that consists of the kept tokens."""
+    n = 50
+    _, context = prefilled(exact, n, set())
+    built = catalog.build("streaming_llm:rerotate=true")
+    selection = select(built, context, Budget.of_size(20, n, context.layers, context.kv_heads))
+    assert selection.rerotate
+    kept = selection.kept[0]
+    assert exact.rope is not None
+    moved = exact.rope.move(context.keys[0][:, kept], kept, torch.arange(20))  # type: ignore[arg-type]
+    short = exact.prefill([[context.token_ids[i] for i in kept]], Needs(), [0])  # type: ignore[union-attr]
+    assert torch.allclose(moved, short.keys[0][0], rtol=0, atol=1e-4)  # rotary tables are float32
+    assert not torch.allclose(context.keys[0][:, kept], short.keys[0][0], rtol=0, atol=0.1)
+
+
+def test_sample_error_is_a_record_and_the_rest_goes_on(tmp_path: Path) -> None:
+    """A method that breaks its contract fails its own rows only."""
+    plugin = tmp_path / "bad.py"
+    plugin.write_text(
+        "import dataclasses, torch\nfrom kvcli.methods.base import Method, Selection\n"
+        "@dataclasses.dataclass(frozen=True)\nclass Bad(Method):\n"
+        "    def select(self, ctx, budget):\n        return Selection([torch.arange(ctx.n)] * ctx.layers)\n"
+    )
+    config = SweepConfig(methods=(f"{plugin}:Bad", "h2o"), ratios=("0.5",))
+    sink, outcome = tiny.run(tiny.tiny_llama(), config, tiny.prompt_set([30, 40]))
+    bad = [r for r in sink.records if r["status"] == "error"]
+    assert outcome.errors == len(bad) == 2
+    assert all("the budget is" in r["error"] for r in bad)
+    assert sum(r["status"] == "ok" for r in sink.records) == 4
