@@ -110,7 +110,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise KvcliError(f"{where} is not YAML: {getattr(e, 'problem', e)}", given=str(path), fix="mend that line") from e
+        what = f"{where} is not YAML: {getattr(e, 'problem', e)}"
+        raise KvcliError(what, given=str(path), fix="mend that line") from e
     if not isinstance(values, dict):
         raise KvcliError(f"{path} is not a mapping of settings", given=str(path), fix="write one 'name: value' a line")
     return values
@@ -129,7 +130,7 @@ def _typed(key: str, annotation: str, value: Any, given: str) -> Any:
         item = kind[len("tuple[") : -1].split(",")[0]
         values = value if isinstance(value, list | tuple) else [value]
         return tuple(_typed(key, item, v, given) for v in values)
-    types: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+    types: dict[str, Any] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
     if kind == "str" and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, types[kind]) or (kind != "bool" and isinstance(value, bool)):

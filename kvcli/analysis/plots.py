@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from kvcli.analysis.load import Run
@@ -33,7 +35,6 @@ BANDS_UP_TO = 3
 PANELS_PER_PAGE = 12
 HOLLOW_NOOP = 0.05
 """A larger share of prompts that were not compressed at all, and the point is drawn hollow."""
-LONGEST_LABEL = 44
 _STYLE = {
     "font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8.5, "legend.fontsize": 8,
     "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "axes.linewidth": 0.6, "xtick.major.width": 0.6,
@@ -88,15 +89,21 @@ class Sheet:
     panels: tuple[Panel, ...]
 
 
-def plot(run: Run, out_dir: Path, formats: Sequence[str] = ("png", "pdf")) -> list[Path]:
+def plot(
+    run: Run,
+    out_dir: Path,
+    formats: Sequence[str] = ("png", "pdf"),
+    tables: Sequence[TaskTable] | None = None,
+) -> list[Path]:
     """Writes difference.* and score.* with the data behind them; returns the pictures, then the data files.
 
     One pair of figures per first-token and query mode; where a run has several, their names say which.
+    tables: the run's summary where it is known already.
     """
     for name in formats:
         if name not in FORMATS:
             raise KvcliError(f"unknown format '{name}'", given=f"--format {name}", fix=",".join(FORMATS))
-    pages = sheets(run, summarise(run))
+    pages = sheets(run, summarise(run) if tables is None else tables)
     methods = list(dict.fromkeys(s.method for _, sheet in pages for p in sheet.panels for s in p.series))
     out_dir.mkdir(parents=True, exist_ok=True)
     pictures, data = [], []
@@ -199,7 +206,9 @@ def _figure(sheet: Sheet, methods: Sequence[str]) -> Figure:
     handles, labels = _legend(sheet, methods)
     legend_columns = _legend_columns(labels, width)
     bottom = 0.58 + 0.165 * -(-len(labels) // legend_columns)
-    top, panel, gap = 0.82, 1.5, 0.55
+    title, subtitle = fill(_plain(sheet.title), int(9.5 * width)), fill(_plain(sheet.subtitle), int(13 * width))
+    under = 0.14 + 0.18 * (title.count("\n") + 1)
+    top, panel, gap = under + 0.36 + 0.14 * (subtitle.count("\n") + 1), {1: 2.3, 2: 1.8}.get(columns, 1.5), 0.55
     height = top + rows * panel + (rows - 1) * gap + bottom
     figure = Figure(figsize=(width, height))
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
@@ -216,8 +225,8 @@ def _figure(sheet: Sheet, methods: Sequence[str]) -> Figure:
         ax.tick_params(labelbottom=True)  # the lowest panel of each column, above an empty place too
     _limits(axes[0], sheet)
     left = 0.14 / width
-    figure.text(left, 1 - 0.11 / height, sheet.title, fontsize=10.5, fontweight="bold", va="top")
-    figure.text(left, 1 - 0.31 / height, sheet.subtitle, fontsize=8, color="#444444", va="top")
+    figure.text(left, 1 - 0.11 / height, title, fontsize=10.5, fontweight="bold", va="top")
+    figure.text(left, 1 - under / height, subtitle, fontsize=8, color="#444444", va="top")
     figure.text(0.5, (bottom - 0.36) / height, sheet.x, ha="center", va="center", fontsize=8.5)
     middle = (bottom + (height - top)) / 2 / height
     figure.text(left, middle, sheet.y, rotation=90, va="center", fontsize=8.5)
@@ -229,11 +238,13 @@ def _figure(sheet: Sheet, methods: Sequence[str]) -> Figure:
 
 
 def _legend_columns(labels: Sequence[str], width: float) -> int:
-    """As many columns as fit `width` inches; matplotlib fills them from the top, each as wide as its longest label."""
-    for columns in range(len(labels), 1, -1):
-        rows = -(-len(labels) // columns)
-        parts = [labels[i : i + rows] for i in range(0, len(labels), rows)]
-        if sum(0.52 + 0.068 * max(map(len, part)) for part in parts) <= width - 0.2:
+    """As few rows as fit `width` inches. matplotlib fills columns from the top, the first ones one longer."""
+    for rows in range(1, len(labels) + 1):
+        columns = -(-len(labels) // rows)
+        short, longer = divmod(len(labels), columns)
+        ends = [min(i, longer) * (short + 1) + max(0, i - longer) * short for i in range(columns + 1)]
+        widths = (max(map(len, labels[start:end])) for start, end in pairwise(ends))
+        if sum(0.6 + 0.07 * longest for longest in widths) <= width - 0.2:
             return columns
     return 1
 
@@ -262,14 +273,11 @@ def _draw_panel(ax: Axes, panel: Panel, figure: str, methods: Sequence[str]) -> 
     bands = len(methods) <= BANDS_UP_TO
     for series in panel.series:
         _draw_series(ax, series, methods.index(series.method), bands)
-    ax.set_title(panel.title, loc="left", fontweight="bold", pad=12 if panel.subtitle else 4)
+    ax.set_title(_short(panel.title, 32), loc="left", fontweight="bold", pad=12 if panel.subtitle else 4)
     if panel.subtitle:
-        ax.text(0, 1.02, panel.subtitle, transform=ax.transAxes, fontsize=7, color="#555555", va="bottom")
+        ax.text(0, 1.02, _short(panel.subtitle, 32), transform=ax.transAxes, fontsize=7, color="#555555", va="bottom")
     if panel.warning:
-        ax.text(
-            0.5, 0.04, "sanity warning: see report", transform=ax.transAxes, ha="center", fontsize=7, color="#B00000",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}, zorder=5,
-        )  # fmt: skip
+        ax.text(1, 1.02, "sanity warning", transform=ax.transAxes, fontsize=7, color="#B00000", va="bottom", ha="right")
 
 
 def _draw_series(ax: Axes, series: Series, number: int, bands: bool) -> None:
@@ -323,5 +331,12 @@ def _legend(sheet: Sheet, methods: Sequence[str]) -> tuple[list[Any], list[str]]
     return handles, labels
 
 
-def _short(label: str) -> str:
-    return label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…"
+def _short(label: str, longest: int = 44) -> str:
+    """Cut in the middle: names of one file differ at their ends."""
+    keep = (longest - 1) // 2
+    return _plain(label if len(label) <= longest else f"{label[:keep]}…{label[-keep:]}")
+
+
+def _plain(text: str) -> str:
+    """Dollar signs of names are not formulas."""
+    return text.replace("$", r"\$")

@@ -26,12 +26,16 @@ FIRST_TOKEN = {
 }
 
 
-def write_report(run: Run, path: Path) -> Path:
-    """Writes the report; shows the pictures that lie in figures/ beside it. Returns the path."""
+def write_report(run: Run, path: Path, tables: Sequence[TaskTable] | None = None) -> Path:
+    """Writes the report; shows the pictures that lie in figures/ beside it. Returns the path.
+
+    tables: the run's summary where it is known already.
+    """
     folder = path.parent / FIGURES
     pictures = sorted(p.name for p in folder.glob("*.png")) if folder.is_dir() else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(markdown(run, summarise(run), [f"{FIGURES}/{name}" for name in pictures]), encoding="utf-8")
+    text = markdown(run, summarise(run) if tables is None else tables, [f"{FIGURES}/{name}" for name in pictures])
+    path.write_text(text, encoding="utf-8")
     return path
 
 

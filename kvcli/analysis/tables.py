@@ -229,9 +229,7 @@ def _scores(run: Run, rows_of: Sequence[NDArray[np.int64]], codes: Sequence[int]
     return _Scores(value, cluster, rows, kept, len(codes) - len(kept))
 
 
-def _full(
-    run: Run, rows_of: Sequence[NDArray[np.int64]], key: _Key, groups: _Groups
-) -> tuple[_Scores | None, str]:
+def _full(run: Run, rows_of: Sequence[NDArray[np.int64]], key: _Key, groups: _Groups) -> tuple[_Scores | None, str]:
     """full's scores of this table, or those of the same prompts in another first-token mode and that mode's name."""
     task, mode, query, shots = key
     same = [k for k in groups if (k[0], k[2], k[3]) == (task, query, shots) and _FULL in groups[k]]
@@ -295,6 +293,23 @@ def _cluster_count(run: Run, rows: NDArray[np.int64]) -> int | None:
     named = cluster[cluster >= 0]
     distinct = len(np.unique(named))
     return None if distinct == len(named) else distinct + len(samples) - len(named)
+
+
+def worst_flip(run: Run, tables: Sequence[TaskTable]) -> tuple[str, str] | None:
+    """(task, sample) where full is right and the cell with the largest loss is wrong: one to look at first."""
+    losing = [(cell.difference.value, t, cell) for t in tables for cell in t.cells() if cell.difference]
+    if not losing:
+        return None
+    value, table, cell = min(losing, key=lambda found: found[0])
+    if value >= 0 or table.full is None:
+        return None
+    codes = {c.cell_id: i for i, c in enumerate(run.cells)}
+    scores = []
+    for summary in (table.full, cell):
+        rows = np.isin(run.cell, [codes[i] for i in summary.cell_ids]) & ~np.isnan(run.score)
+        scores.append(dict(zip(run.sample[rows].tolist(), run.score[rows].tolist(), strict=True)))
+    gaps = {sample: scores[1][sample] - score for sample, score in scores[0].items() if sample in scores[1]}
+    return table.task, run.samples[min(gaps, key=lambda sample: gaps[sample])]
 
 
 def sanity(table: TaskTable) -> list[str]:

@@ -21,7 +21,10 @@ from kvcli.errors import Exit, KvcliError, unknown
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("kvcli.cli.run", "Measure one method at one kept ratio on one task."),
     "sweep": ("kvcli.cli.sweep", "Measure a grid of methods, kept ratios and tasks."),
-    "report": ("kvcli.cli.report", "Write a report: tables with intervals and paired differences."),
+    "report": (
+        "kvcli.cli.report",
+        "Write a report: verdicts, tables with intervals and paired differences, figures, provenance.",
+    ),
     "plot": ("kvcli.cli.plot", "Draw score and loss against the measured kept ratio."),
     "show": ("kvcli.cli.show", "Print one prompt with kept tokens marked and all outputs."),
     "list": ("kvcli.cli.list", "List methods, tasks, models or result folders."),
@@ -38,6 +41,9 @@ Examples:
   kvcli sweep --method tier1 --ratio 0.1..0.9:0.2 --out runs/first
   kvcli report runs/first
 """
+
+_ClickException: type[Exception] = typer.BadParameter.__mro__[2]
+"""Base of typer's usage errors: of the Click that this typer carries, or of the click package in older ones."""
 
 _GONE = (errno.ENOENT, errno.ESTALE, errno.ENODEV, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -118,10 +124,11 @@ def _invoke(args: list[str]) -> int:
         return int(e.exit_code)
     except typer.Abort:
         raise KeyboardInterrupt from None
-    except typer.TyperException as e:
-        if not e.format_message():  # a group typed without a command: its help is already printed
-            return Exit.DONE
-        raise _usage(e, args) from e
+    except _ClickException as e:
+        problem = _usage(e, args)
+        if problem.what:
+            raise problem from e
+        # else a group typed without a command, and its help is already printed
     return Exit.DONE
 
 
@@ -131,7 +138,7 @@ def _typed(args: Sequence[str]) -> str:
     return shlex.join(["kvcli", *args])
 
 
-def _usage(e: typer.TyperException, args: Sequence[str]) -> KvcliError:
+def _usage(e: Any, args: Sequence[str]) -> KvcliError:
     """A usage error of typer in kvcli's own words."""
     text = getattr(e, "message", "") if getattr(e, "possibilities", None) else e.format_message()
     what = (text[:1].lower() + text[1:]).strip().rstrip(".").removeprefix("got ")

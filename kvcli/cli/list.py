@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 def command(
     kind: Annotated[
-        str | None, typer.Argument(help="methods, tasks, models or runs; without it: how many of each.", show_default=False)
+        str | None, typer.Argument(help="methods, tasks, models or runs; without it: how many.", show_default=False)
     ] = None,
     folder: Annotated[Path, typer.Option("--folder", help="Where `list runs` looks.")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,

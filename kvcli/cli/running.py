@@ -90,7 +90,7 @@ def _finish(session: Any, outcome: Any, reason: str, json: bool) -> int:
     if json:
         output.json_result(tables.as_json(summary))
     else:
-        tables.print_summary(summary)
+        output.result(tables.SummaryView(summary))
     if outcome.errors:
         output.warn(f"{outcome.errors} samples failed: kvcli show {folder} has their messages; the same command tries them again")
     output.next_command(f"kvcli report {shlex.quote(folder)}")

@@ -26,7 +26,7 @@ Record = dict[str, Any]
 def command(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A result folder, its name or a unique beginning of it.")],
     task: Annotated[str | None, typer.Option("--task", help="The task; without it: what there is.")] = None,
-    sample: Annotated[str | None, typer.Option("--sample", help="The sample's id; without it: the task's samples.")] = None,
+    sample: Annotated[str | None, typer.Option("--sample", help="The sample's id; without it: all ids.")] = None,
     method: Annotated[list[str] | None, typer.Option("--method", help="Only these methods, and full.")] = None,
     ratio: Annotated[list[str] | None, typer.Option("--ratio", help="Only these kept ratios, and full.")] = None,
     long: Annotated[bool, typer.Option("--long", help="Print outputs whole.")] = False,
@@ -55,22 +55,19 @@ def command(
 
 
 def _show_tasks(folder: Path, as_json: bool) -> None:
-    rows: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, dict[str, None]]] = {}
     for record in store.read_records(folder, ("task", "method")):
-        row = rows.setdefault(record["task"], {"samples": {}, "methods": {}, "cells": {}})
-        for name, value in (("samples", "sample_id"), ("methods", "method"), ("cells", "cell_id")):
-            row[name][record[value]] = True
-    tasks = [
-        {"task": name, "samples": len(row["samples"]), "cells": len(row["cells"]), "methods": list(row["methods"])}
-        for name, row in rows.items()
-    ]
+        facts = found.setdefault(record["task"], {"samples": {}, "cells": {}, "methods": {}})
+        for name, value in (("samples", "sample_id"), ("cells", "cell_id"), ("methods", "method")):
+            facts[name][record[value]] = None
+    rows = [(task, len(f["samples"]), len(f["cells"]), list(f["methods"])) for task, f in found.items()]
+    headers = ("task", "samples", "cells", "methods")
     if as_json:
-        output.json_result(tasks)
+        output.json_result([dict(zip(headers, row, strict=True)) for row in rows])
         return
-    listed = [(t["task"], t["samples"], t["cells"], " ".join(t["methods"])) for t in tasks]
-    output.result(output.table(("task", "samples", "cells", "methods"), listed))
-    if tasks:
-        output.next_command(f"kvcli show {folder} --task {tasks[0]['task']}")
+    output.result(output.table(headers, [(*row[:3], " ".join(row[3])) for row in rows]))
+    if rows:
+        output.next_command(f"kvcli show {folder} --task {rows[0][0]}")
 
 
 def _show_samples(folder: Path, task: str, as_json: bool) -> None:
@@ -135,8 +132,10 @@ def _wanted(record: Record, methods: list[str], ratios: list[Decimal]) -> bool:
 
 
 def _cell(record: Record) -> dict[str, Any]:
-    names = ("cell_id", "method", "ratio", "budget", "measured_ratio", "first_token", "shots", "seed", "status", "error",
-             "score", "extracted", "output", "finish", "flags", "n_prompt", "kept", "kept_by_region")  # fmt: skip
+    names = (
+        "cell_id", "method", "ratio", "budget", "measured_ratio", "first_token", "shots", "seed", "status", "error",
+        "score", "extracted", "output", "finish", "flags", "n_prompt", "kept", "kept_by_region",
+    )  # fmt: skip
     return {name: record.get(name) for name in names}
 
 
@@ -170,7 +169,7 @@ def _show_sample(folder: Path, facts: dict[str, Any], long: bool) -> None:
     headers = ("method", "size", "measured", "score", "answer", "flags", "output")
     output.result(output.table(headers, [_row(cell, long) for cell in facts["cells"]]))
     if maps and not output.colours():
-        output.note("· = fewer than half of the layers and KV heads kept the token; colours on a terminal show the share")
+        output.note("· = fewer than half of the layers and KV heads kept the token (a terminal shows the share)")
     if len(maps) > MOST_MAPS:
         output.note(f"{MOST_MAPS} of {len(maps)} kept sets shown: --method and --ratio choose others")
     output.next_command(f"kvcli report {folder}")

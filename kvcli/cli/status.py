@@ -65,9 +65,7 @@ def _task_names(run: dict[str, Any], records: list[dict[str, Any]]) -> list[str]
     return list(dict.fromkeys([*run.get("tasks", {}), *(str(record["task"]) for record in records)]))
 
 
-def _task(
-    name: str, run: dict[str, Any], records: list[dict[str, Any]], planned: dict[str, int]
-) -> dict[str, Any]:
+def _task(name: str, run: dict[str, Any], records: list[dict[str, Any]], planned: dict[str, int]) -> dict[str, Any]:
     cells = [cell for cell, facts in run.get("cells", {}).items() if facts.get("task") == name]
     states = Counter(record["status"] for record in records if record["task"] == name)
     return {

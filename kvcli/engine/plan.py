@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from kvcli.config import SweepConfig, stable_hash
+from kvcli.evals.loader import task_names
 from kvcli.evals.spec import Task
 from kvcli.grammar import MethodText, parse_methods
 from kvcli.methods import catalog
@@ -118,7 +119,7 @@ def _method_cells(
         for seed in config.seeds if method.seeded else (None,):
             key = {
                 **facts,
-                "task": task.name, "task_version": task.version, "shots": shots, "shot_seed": config.shot_seed,
+                "task": task.name, "task_version": task.version, "task_digest": None if task.name in task_names() else task.digest, "shots": shots, "shot_seed": config.shot_seed,
                 "method": str(text), "method_code": catalog.code_hash(text), "ratio": ratio, "budget": budget,
                 "strict_window": config.strict_window, "first_token": first_token, "query": "aware", "decode": None,
                 "seed": seed, "max_new_tokens": config.max_new_tokens or task.max_new_tokens,

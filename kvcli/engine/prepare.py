@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvcli.config import SweepConfig, folder_hash
 from kvcli.engine.plan import Cell, Generation, Plan, make_cells, make_plan
 from kvcli.errors import KvcliError
-from kvcli.evals.loader import find_tasks
+from kvcli.evals.loader import find_tasks, task_names
 from kvcli.evals.spec import Sample, Task
 from kvcli.grammar import parse_ratios, ratio_text
 from kvcli.methods import catalog
@@ -84,11 +84,16 @@ def check(config: SweepConfig) -> Request:
         _one_of("--first-token", mode, ("compressed", "prefill"))
     tasks = tuple(find_tasks(config.tasks or (("testbed",) if source.kind == "testbed" else ("gsm8k",))))
     config = dataclasses.replace(
-        config, methods=tuple(methods), ratios=ratios, tasks=tuple(t.name for t in tasks),
+        config, methods=tuple(methods), ratios=ratios, tasks=tuple(map(task_text, tasks)),
         seeds=tuple(dict.fromkeys(config.seeds)), shots=tuple(dict.fromkeys(config.shots)),
         first_token=tuple(dict.fromkeys(config.first_token)),
     )  # fmt: skip
     return Request(config, source, tasks, config.out or f"runs/{source.short}-{folder_hash(config)}")
+
+
+def task_text(task: Task) -> str:
+    """What finds the task again: its name, or the path of a user's own file."""
+    return task.name if task.name in task_names() else task.source
 
 
 def _positive(option: str, value: float | None, shift: int = 0) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from kvcli.config import GRID, HOUSEKEEPING
 from kvcli.engine.estimate import Estimate, decode_rows, estimate
 from kvcli.engine.plan import MAX_DECODE_ROWS, Cell, Generation, Plan, make_cells
-from kvcli.engine.prepare import Prepared, Request, prepare
+from kvcli.engine.prepare import Prepared, Request, prepare, task_text
 from kvcli.errors import KvcliError
 from kvcli.results.schema import SCHEMA
 
@@ -91,7 +91,7 @@ def _all_cells(prepared: Prepared, generations: list[dict[str, Any]]) -> list[Ce
     for generation in generations:
         grid = {k: tuple(v) if isinstance(v, list) else v for k, v in generation["grid"].items()}
         config = dataclasses.replace(request.config, **grid)
-        tasks = [t for t in request.tasks if t.name in config.tasks]
+        tasks = [t for t in request.tasks if task_text(t) in config.tasks]
         try:
             earlier = make_cells(config, tasks, facts)
         except KvcliError:  # a plugin file that is gone: its cells cannot be formed again

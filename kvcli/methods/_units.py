@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from kvcli.cache.budget import Budget
@@ -22,6 +24,10 @@ PROTECTED = ("special", "system", "question")
 
 def units(ctx: Context) -> list[Unit]:
     """Shots (each all its spans) and the pieces of `context` regions, in order of their first token."""
+    return ctx.once("units", lambda: _units(ctx))
+
+
+def _units(ctx: Context) -> list[Unit]:
     pieces = [[span] for region in ctx.spans("context") for span in _pieces(ctx, region)]
     return sorted([*ctx.shots(), *pieces], key=lambda unit: unit[0])
 
@@ -70,13 +76,38 @@ def take(order: Sequence[int], sizes: Sequence[int], room: int, fit: str) -> lis
     return taken
 
 
-def unit_means(score: Tensor, units: Sequence[Unit]) -> Tensor:
-    """[units]: mean of a per-token score [n] over each unit's tokens."""
-    import torch
+@dataclass(frozen=True)
+class UnitIndex:
+    """Units as tensors. positions [T]: all units' tokens, one unit after the other; owner [T]: whose each is."""
 
-    if not units:
-        return score.new_zeros(0)
-    return torch.stack([score[positions(unit)].mean() for unit in units])
+    positions: Tensor
+    owner: Tensor
+    sizes: list[int]
+
+    @classmethod
+    def of(cls, units: Sequence[Unit], device: torch.device) -> UnitIndex:
+        import torch
+
+        members = [positions(unit) for unit in units]
+        sizes = [len(m) for m in members]
+        flat = torch.tensor([i for m in members for i in m], dtype=torch.long, device=device)
+        owner = torch.repeat_interleave(torch.arange(len(units)), torch.tensor(sizes, dtype=torch.long)).to(device)
+        return cls(flat, owner, sizes)
+
+    def means(self, score: Tensor) -> Tensor:
+        """[units]: mean of a per-token score [n] over each unit's tokens, summed in token order (so that equal units tie)."""
+        sums = score.new_zeros(len(self.sizes)).index_add_(0, self.owner, score[self.positions])
+        return sums / sums.new_tensor(self.sizes)
+
+
+def unit_index(ctx: Context) -> UnitIndex:
+    return ctx.once("unit_index", lambda: UnitIndex.of(units(ctx), ctx.keys[0].device))
+
+
+def _sizes(ctx: Context) -> tuple[list[Unit], set[int], list[int]]:
+    """Units, protected positions, and what each unit costs beyond them: a protected token is paid for once."""
+    fixed = set(protected(ctx))
+    return units(ctx), fixed, [len(set(positions(unit)) - fixed) for unit in units(ctx)]
 
 
 def keep_units(ctx: Context, budget: Budget, orders: Sequence[Sequence[int]], fit: str) -> Selection:
@@ -89,8 +120,7 @@ def keep_units(ctx: Context, budget: Budget, orders: Sequence[Sequence[int]], fi
 
     from kvcli.methods.base import Selection
 
-    all_units, fixed = units(ctx), set(protected(ctx))
-    sizes = [len(set(positions(unit)) - fixed) for unit in all_units]  # a protected token is paid for once
+    all_units, fixed, sizes = ctx.once("unit_sizes", lambda: _sizes(ctx))
     room = budget.per_head - len(fixed)
     flags = {"over_budget"} if room < 0 else set()
     kept = []

@@ -24,4 +24,5 @@ def snap_scores(ctx: Context, layer: int, window: int, kernel: int, pooling: str
     """
     from kvcli.cache.select import pool
 
-    return ctx.per_kv_head(pool(received(ctx, layer, window), kernel, pooling), reduce)
+    key = ("snap_scores", layer, window, kernel, pooling, reduce)
+    return ctx.once(key, lambda: ctx.per_kv_head(pool(received(ctx, layer, window), kernel, pooling), reduce))

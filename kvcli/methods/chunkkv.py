@@ -38,13 +38,13 @@ class ChunkKV(Method):
     def select(self, ctx: Context, budget: Budget) -> Selection:
         import torch
 
-        from kvcli.methods._units import positions, take, unit_means
+        from kvcli.methods._units import UnitIndex, positions, take
         from kvcli.methods._window import received
 
         window, _, flags = budget.protect(self.window)
         end = ctx.n - window
         chunks = [[(a, min(a + self.chunk, end))] for a in range(0, end, self.chunk)]
-        sizes = [len(positions(chunk)) for chunk in chunks]
+        index = UnitIndex.of(chunks, ctx.keys[0].device)
         kept: list[torch.Tensor] = []
         for layer in range(ctx.layers):
             if layer % self.reuse:
@@ -52,9 +52,9 @@ class ChunkKV(Method):
                 continue
             taken: list[int] = []
             if chunks:
-                means = unit_means(received(ctx, layer, window).sum(0), chunks)
+                means = index.means(received(ctx, layer, window).sum(0))
                 order = torch.sort(means, descending=True, stable=True).indices.tolist()
-                taken = take(order, sizes, budget.per_head - window, fit="skip")
+                taken = take(order, index.sizes, budget.per_head - window, fit="skip")
             if chunks and not taken and budget.per_head > window:
                 flags |= {"fallback"}
             whole = [i for t in sorted(taken) for i in positions(chunks[t])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -14,6 +14,8 @@ from kvcli.spans import Span as Span
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -39,7 +41,8 @@ class Context:
     seed: int
     token_text: Callable[[int], str] | None = None
     """Text of one token, white space included, for cutting passages into sentences."""
-    _windows: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """What `once` has made; shared by all cells of the prompt."""
 
     @property
     def layers(self) -> int:
@@ -52,14 +55,24 @@ class Context:
     def window_attention(self, layer: int, window: int) -> Tensor:
         """[H, w, n] float32: causal attention of the last w = min(window, n) queries over all keys."""
         w = min(window, self.n)
-        if (layer, w) not in self._windows:
-            queries = self.window_queries[layer][:, -w:].float()
-            keys = self.keys[layer].float().repeat_interleave(self.heads // self.kv_heads, 0)
-            scores = queries @ keys.transpose(-1, -2) * self.scaling[layer]
-            future = torch.ones(w, w, dtype=torch.bool, device=scores.device).triu(1)
-            scores[:, :, self.n - w :].masked_fill_(future, float("-inf"))
-            self._windows[layer, w] = scores.softmax(-1)
-        return self._windows[layer, w]
+        return self.once(("window", layer, w), lambda: self._window_attention(layer, w))
+
+    def _window_attention(self, layer: int, w: int) -> Tensor:
+        queries = self.window_queries[layer][:, -w:].float()
+        keys = self.keys[layer].float().repeat_interleave(self.heads // self.kv_heads, 0)
+        scores = queries @ keys.transpose(-1, -2) * self.scaling[layer]
+        future = torch.ones(w, w, dtype=torch.bool, device=scores.device).triu(1)
+        scores[:, :, self.n - w :].masked_fill_(future, float("-inf"))
+        return scores.softmax(-1)
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """A value made once per prompt, whatever the number of methods and ratios that ask for it.
+
+        `key` must name everything the value depends on apart from the prompt (never the seed or the budget alone).
+        """
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def per_kv_head(self, score: Tensor, reduce: str = "mean") -> Tensor:
         """[H, ...] -> [H_kv, ...]: mean or max over each group of query heads that share a KV head."""

@@ -50,6 +50,7 @@ class ShotKV(Method):
 
     def _unit_scores(self, ctx: Context, layer: int) -> Tensor:
         """[units]: mean over a unit's tokens of the attention received, summed over heads (eq. 3)."""
-        from kvcli.methods._units import unit_means, units
+        from kvcli.methods._units import unit_index
 
-        return unit_means(ctx.column_sum(layer, self.queries).sum(0), units(ctx))
+        key = ("shotkv", layer, self.queries)
+        return ctx.once(key, lambda: unit_index(ctx).means(ctx.column_sum(layer, self.queries).sum(0)).cpu())

@@ -219,7 +219,7 @@ class _Lines:
 
     def _size_if_there(self) -> int:
         """Size of the open file. Raises OSError when the path no longer leads to it: writes would be lost unseen."""
-        mine, there = os.fstat(self._fd), os.stat(self.path)
+        mine, there = os.fstat(self._fd), self.path.stat()
         if (mine.st_ino, mine.st_dev) != (there.st_ino, there.st_dev):
             raise FileNotFoundError(errno.ENOENT, "it was moved or replaced", str(self.path))
         return mine.st_size
