@@ -102,23 +102,24 @@ def find_run(text: str, runs: Path | None = None) -> Path:
     runs = runs if runs is not None else RUNS
     given = f"RUN {text}"
     path = Path(text).expanduser()
-    if path.is_dir():
-        if _is_run(path):
-            return path
-        raise KvcliError(f"no records in {text}", given=given, fix="kvcli list runs shows the result folders")
+    if path.is_dir() and _is_run(path):
+        return path
     if path.name == "run.json" and path.is_file():
         return path.parent
-    if path.exists():
-        raise KvcliError(f"{text} is not a result folder", given=given, fix=f"the folder that holds it: {path.parent}")
     known = sorted(p for p in runs.iterdir() if p.is_dir() and _is_run(p)) if runs.is_dir() else []
     prefix = text.removeprefix("./").removeprefix(f"{runs}/").rstrip("/")
-    found = [p for p in known if p.name.startswith(prefix)]
+    found = [p for p in known if p.name == prefix] or [p for p in known if p.name.startswith(prefix)]
     if len(found) == 1:
         return found[0]
     if found:
         names = ", ".join(p.name for p in found[:5]) + (", ..." if len(found) > 5 else "")
         raise KvcliError(f"'{text}' fits {len(found)} result folders", given=given, fix=f"one of {names}")
-    raise KvcliError(f"no result folder '{text}'", given=given, fix="kvcli list runs shows the result folders")
+    listing = "kvcli list runs shows the result folders"
+    if path.is_dir():
+        raise KvcliError(f"no records in {text}", given=given, fix=listing)
+    if path.exists():
+        raise KvcliError(f"{text} is not a result folder", given=given, fix=f"the folder that holds it: {path.parent}")
+    raise KvcliError(f"no result folder '{text}'", given=given, fix=listing)
 
 
 def load_run(folder: Path) -> Run:
