@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 STORED_BYTES = 2
 """Payload is counted in 16-bit elements whatever the compute dtype."""
 
-Kept = list[Tensor | list[Tensor]]
+Kept = Sequence[Tensor | list[Tensor]]
 """Per layer: [K], [H_kv, K] or a list of H_kv position tensors."""
 
 
@@ -147,13 +147,13 @@ class CompressedCache(Cache):
         super().__init__(layers=[KeptLayer.gather(rows, layer, room) for layer in range(len(rows[0].keys))])
 
     def valid(self, layer: int) -> Tensor | None:
-        return self.layers[layer].valid  # type: ignore[attr-defined]
+        return self.layers[layer].valid
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keeps these rows of the batch, in this order."""
         for layer in self.layers:
-            layer.select_rows(torch.tensor(rows, device=layer.device))  # type: ignore[attr-defined]
+            layer.select_rows(torch.tensor(rows, device=layer.device))
 
     def nbytes(self) -> int:
         """Bytes really held, padding and room included."""
-        return sum(layer.nbytes() for layer in self.layers)  # type: ignore[attr-defined]
+        return sum(layer.nbytes() for layer in self.layers)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def top_positions(scores: Tensor, k: int) -> Tensor:
-    """Sorted positions [..., k] (on the CPU) of the k largest scores [..., n]; of equal scores the smaller position stays."""
+    """Sorted positions [..., k] (on the CPU) of the k largest scores [..., n]; of equal scores the first stays."""
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     return order[..., :k].sort(-1).values.cpu()
 

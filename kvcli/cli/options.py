@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -20,40 +20,131 @@ def _option(*names: str, help: str, panel: str, metavar: str | None = None) -> A
 
 
 Model = Annotated[
-    Optional[str],
-    _option("--model", "-m", help="testbed, an alias, ORG/NAME[@REV], ./FOLDER or random:FOLDER:layers=2,... [default: testbed]", panel=_MODEL, metavar="MODEL"),
+    str | None,
+    _option(
+        "--model",
+        "-m",
+        help="testbed, an alias, ORG/NAME[@REV], ./FOLDER or random:FOLDER:layers=2,... [default: testbed]",
+        panel=_MODEL,
+        metavar="MODEL",
+    ),
 ]
-Tokenizer = Annotated[Optional[str], _option("--tokenizer", help="Folder or hub id of another tokenizer.", panel=_MODEL, metavar="FOLDER|ID")]
-Dtype = Annotated[Optional[str], _option("--dtype", help="auto, float16, bfloat16, float32 or float64.", panel=_MODEL, metavar="DTYPE")]
-Device = Annotated[Optional[str], _option("--device", help="auto, cpu, cuda or cuda:N.", panel=_MODEL, metavar="DEVICE")]
-Threads = Annotated[Optional[int], _option("--threads", help="CPU threads.", panel=_RUNNING, metavar="N")]
-Attn = Annotated[Optional[str], _option("--attn", help="auto, flash, sdpa, blockwise or reference.", panel=_MODEL, metavar="BACKEND")]
-TrustRemoteCode = Annotated[Optional[bool], _option("--trust-remote-code", help="Run model code from the hub.", panel=_MODEL)]
-Template = Annotated[Optional[str], _option("--template", help="auto, chat or raw prompts.", panel=_MODEL, metavar="WHICH")]
-Methods = Annotated[Optional[list[str]], _option("--method", "-M", help="Methods with settings: snapkv:window=16,h2o; tier1; ./mine.py:MyMethod.", panel=_GRID, metavar="METHODS")]
-Ratios = Annotated[Optional[list[str]], _option("--ratio", "-r", help="Kept ratios: 0.1,0.5 or 0.1..0.9:0.2.", panel=_GRID, metavar="RATIOS")]
-Budgets = Annotated[Optional[str], _option("--budget", help="KV pairs kept per layer and head, instead of --ratio.", panel=_GRID, metavar="N,N")]
-Tasks = Annotated[Optional[list[str]], _option("--task", "-t", help="Tasks, suites, globs or ./file.yaml.", panel=_GRID, metavar="TASKS")]
-Shots = Annotated[Optional[str], _option("--shots", help="Numbers of examples in the prompt [default: the task's own].", panel=_GRID, metavar="N,N")]
-Seeds = Annotated[Optional[str], _option("--seed", help="Seeds of random methods.", panel=_GRID, metavar="N,N")]
-ShotSeed = Annotated[Optional[int], _option("--shot-seed", help="Which examples are drawn.", panel=_GRID, metavar="N")]
-FirstToken = Annotated[Optional[str], _option("--first-token", help="compressed, prefill or both: where the first answer token comes from.", panel=_GRID, metavar="MODES")]
-NoFull = Annotated[Optional[bool], _option("--full/--no-full", help="Add the full cache as baseline [default: yes].", panel=_GRID)]
-StrictWindow = Annotated[Optional[bool], _option("--strict-window", help="Keep the paper's window even above the budget.", panel=_GRID)]
-Limit = Annotated[Optional[int], _option("--limit", "-n", help="First N samples of each task's fixed permutation.", panel=_GRID, metavar="N")]
-MaxNewTokens = Annotated[Optional[int], _option("--max-new-tokens", help="Length of answers [default: the task's own].", panel=_RUNNING, metavar="N")]
-MaxPromptTokens = Annotated[Optional[int], _option("--max-prompt-tokens", help="Refuse longer prompts.", panel=_RUNNING, metavar="N")]
-IgnoreEos = Annotated[Optional[bool], _option("--ignore-eos", help="Always generate the full length.", panel=_RUNNING)]
-DataDir = Annotated[Optional[str], _option("--data-dir", help="Folder with one sub-folder of SPLIT.jsonl per data set, instead of the hub.", panel=_RUNNING, metavar="FOLDER")]
-Out = Annotated[Optional[str], _option("--out", "-o", help="Result folder; the same command resumes it.", panel=_RUNNING, metavar="FOLDER")]
-KeepMaps = Annotated[Optional[int], _option("--keep-maps", help="Samples per task whose kept positions are stored [default: 5].", panel=_RUNNING, metavar="N")]
-StorePrompts = Annotated[Optional[bool], _option("--store-prompts", help="Store the text of harmful prompts too.", panel=_RUNNING)]
-PrefillBatch = Annotated[Optional[int], _option("--prefill-batch", help="Samples prefilled together [default: 8].", panel=_RUNNING, metavar="N")]
-DecodeBatch = Annotated[Optional[int], _option("--decode-batch", help="Rows decoded together [default: from --memory].", panel=_RUNNING, metavar="N")]
-Memory = Annotated[Optional[str], _option("--memory", help="Memory for the caches of one decode batch, as in 8G.", panel=_RUNNING, metavar="SIZE")]
-MaxTime = Annotated[Optional[float], _option("--max-time", help="Stop cleanly after this many seconds (exit 75).", panel=_RUNNING, metavar="S")]
-Preset = Annotated[Optional[str], _option("--preset", help="A shipped YAML of settings.", panel=_RUNNING, metavar="NAME")]
-ConfigFile = Annotated[Optional[Path], _option("--config", "-c", help="YAML of settings; the command line wins.", panel=_RUNNING, metavar="FILE")]
+Tokenizer = Annotated[
+    str | None, _option("--tokenizer", help="Folder or hub id of another tokenizer.", panel=_MODEL, metavar="FOLDER|ID")
+]
+Dtype = Annotated[
+    str | None, _option("--dtype", help="auto, float16, bfloat16, float32 or float64.", panel=_MODEL, metavar="DTYPE")
+]
+Device = Annotated[str | None, _option("--device", help="auto, cpu, cuda or cuda:N.", panel=_MODEL, metavar="DEVICE")]
+Threads = Annotated[int | None, _option("--threads", help="CPU threads.", panel=_RUNNING, metavar="N")]
+Attn = Annotated[
+    str | None, _option("--attn", help="auto, flash, sdpa, blockwise or reference.", panel=_MODEL, metavar="BACKEND")
+]
+TrustRemoteCode = Annotated[
+    bool | None, _option("--trust-remote-code", help="Run model code from the hub.", panel=_MODEL)
+]
+Template = Annotated[
+    str | None, _option("--template", help="auto, chat or raw prompts.", panel=_MODEL, metavar="WHICH")
+]
+Methods = Annotated[
+    list[str] | None,
+    _option(
+        "--method",
+        "-M",
+        help="Methods with settings: snapkv:window=16,h2o; tier1; ./mine.py:MyMethod.",
+        panel=_GRID,
+        metavar="METHODS",
+    ),
+]
+Ratios = Annotated[
+    list[str] | None,
+    _option("--ratio", "-r", help="Kept ratios: 0.1,0.5 or 0.1..0.9:0.2.", panel=_GRID, metavar="RATIOS"),
+]
+Budgets = Annotated[
+    str | None,
+    _option("--budget", help="KV pairs kept per layer and head, instead of --ratio.", panel=_GRID, metavar="N,N"),
+]
+Tasks = Annotated[
+    list[str] | None, _option("--task", "-t", help="Tasks, suites, globs or ./file.yaml.", panel=_GRID, metavar="TASKS")
+]
+Shots = Annotated[
+    str | None,
+    _option("--shots", help="Numbers of examples in the prompt [default: the task's own].", panel=_GRID, metavar="N,N"),
+]
+Seeds = Annotated[str | None, _option("--seed", help="Seeds of random methods.", panel=_GRID, metavar="N,N")]
+ShotSeed = Annotated[int | None, _option("--shot-seed", help="Which examples are drawn.", panel=_GRID, metavar="N")]
+FirstToken = Annotated[
+    str | None,
+    _option(
+        "--first-token",
+        help="compressed, prefill or both: where the first answer token comes from.",
+        panel=_GRID,
+        metavar="MODES",
+    ),
+]
+NoFull = Annotated[
+    bool | None, _option("--full/--no-full", help="Add the full cache as baseline [default: yes].", panel=_GRID)
+]
+StrictWindow = Annotated[
+    bool | None, _option("--strict-window", help="Keep the paper's window even above the budget.", panel=_GRID)
+]
+Limit = Annotated[
+    int | None,
+    _option("--limit", "-n", help="First N samples of each task's fixed permutation.", panel=_GRID, metavar="N"),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    _option("--max-new-tokens", help="Length of answers [default: the task's own].", panel=_RUNNING, metavar="N"),
+]
+MaxPromptTokens = Annotated[
+    int | None, _option("--max-prompt-tokens", help="Refuse longer prompts.", panel=_RUNNING, metavar="N")
+]
+IgnoreEos = Annotated[bool | None, _option("--ignore-eos", help="Always generate the full length.", panel=_RUNNING)]
+DataDir = Annotated[
+    str | None,
+    _option(
+        "--data-dir",
+        help="Folder with one sub-folder of SPLIT.jsonl per data set, instead of the hub.",
+        panel=_RUNNING,
+        metavar="FOLDER",
+    ),
+]
+Out = Annotated[
+    str | None,
+    _option("--out", "-o", help="Result folder; the same command resumes it.", panel=_RUNNING, metavar="FOLDER"),
+]
+KeepMaps = Annotated[
+    int | None,
+    _option(
+        "--keep-maps",
+        help="Samples per task whose kept positions are stored [default: 5].",
+        panel=_RUNNING,
+        metavar="N",
+    ),
+]
+StorePrompts = Annotated[
+    bool | None, _option("--store-prompts", help="Store the text of harmful prompts too.", panel=_RUNNING)
+]
+PrefillBatch = Annotated[
+    int | None, _option("--prefill-batch", help="Samples prefilled together [default: 8].", panel=_RUNNING, metavar="N")
+]
+DecodeBatch = Annotated[
+    int | None,
+    _option("--decode-batch", help="Rows decoded together [default: from --memory].", panel=_RUNNING, metavar="N"),
+]
+Memory = Annotated[
+    str | None,
+    _option("--memory", help="Memory for the caches of one decode batch, as in 8G.", panel=_RUNNING, metavar="SIZE"),
+]
+MaxTime = Annotated[
+    float | None,
+    _option("--max-time", help="Stop cleanly after this many seconds (exit 75).", panel=_RUNNING, metavar="S"),
+]
+Preset = Annotated[str | None, _option("--preset", help="A shipped YAML of settings.", panel=_RUNNING, metavar="NAME")]
+ConfigFile = Annotated[
+    Path | None,
+    _option("--config", "-c", help="YAML of settings; the command line wins.", panel=_RUNNING, metavar="FILE"),
+]
 Json = Annotated[bool, _option("--json", help="Print one JSON document.", panel=_RUNNING)]
 DryRun = Annotated[bool, _option("--dry-run", help="Print what would run; load no weights.", panel=_RUNNING)]
 
@@ -65,7 +156,9 @@ def integers(option: str, text: str | None) -> tuple[int, ...] | None:
     try:
         values = tuple(int(piece) for piece in text.split(","))
     except ValueError:
-        raise KvcliError(f"'{text}' is not a list of whole numbers", given=f"{option} {text}", fix=f"{option} 0,1") from None
+        raise KvcliError(
+            f"'{text}' is not a list of whole numbers", given=f"{option} {text}", fix=f"{option} 0,1"
+        ) from None
     if any(v < 0 for v in values):
         raise KvcliError(f"{option} takes no negative numbers", given=f"{option} {text}", fix=f"{option} 0,1")
     return values
@@ -113,7 +206,9 @@ def _environment() -> dict[str, Any]:
     import yaml
 
     return {
-        name: [yaml.safe_load(piece) for piece in value.split(",")] if "tuple" in str(field.type) else yaml.safe_load(value)
+        name: [yaml.safe_load(piece) for piece in value.split(",")]
+        if "tuple" in str(field.type)
+        else yaml.safe_load(value)
         for name, (field, value) in found.items()
     }
 

@@ -9,7 +9,9 @@ import typer
 from kvcli.cli import options as o
 from kvcli.errors import KvcliError
 
-OneMethod = Annotated[str, typer.Option("--method", "-M", help="One method with settings.", metavar="METHOD", show_default=False)]
+OneMethod = Annotated[
+    str, typer.Option("--method", "-M", help="One method with settings.", metavar="METHOD", show_default=False)
+]
 OneTask = Annotated[str, typer.Option("--task", "-t", help="One task.", metavar="TASK", show_default=False)]
 OneRatio = Annotated[
     str | None, typer.Option("--ratio", "-r", help="One kept ratio.", metavar="RATIO", show_default=False)
@@ -47,6 +49,8 @@ def command(
     if ratio is not None and len(parse_ratios([ratio])) != 1:
         raise KvcliError("run takes one ratio", given=f"--ratio {ratio}", fix="kvcli sweep for several")
     if ratio is None and budget is None and method != "full":
-        raise KvcliError("run needs --ratio or --budget", given=f"--method {method}", fix=f"--method {method} --ratio 0.2")
+        raise KvcliError(
+            "run needs --ratio or --budget", given=f"--method {method}", fix=f"--method {method} --ratio 0.2"
+        )
 
     raise typer.Exit(perform(o.layered(given, None, config), given, dry_run=dry_run, json=json))

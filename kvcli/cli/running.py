@@ -1,4 +1,4 @@
-"""What `run` and `sweep` do once their options are a config: check, plan, say what will happen, run, print the table."""
+"""What `run` and `sweep` do once their options are a config: check, plan, announce, run, print the table."""
 
 from __future__ import annotations
 
@@ -43,9 +43,10 @@ def perform(config: SweepConfig, passed: dict[str, Any], *, dry_run: bool, json:
 
 def quiet_libraries() -> None:
     """Libraries' own bars and advice have no place between kvcli's lines."""
-    for name, value in {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1",
-                        "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}.items():  # fmt: skip
-        os.environ.setdefault(name, value)
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _threads(config: SweepConfig) -> None:
@@ -60,11 +61,14 @@ def _announce(session: Any, *, json: bool, dry_run: bool) -> None:
     if json:
         from dataclasses import asdict
 
-        output.json_result({"out": str(session.folder), **asdict(facts), "cells_list": [c.describe() for c in session.wanted]})
+        output.json_result(
+            {"out": str(session.folder), **asdict(facts), "cells_list": [c.describe() for c in session.wanted]}
+        )
         return
     shared = facts.separate_prefill_tokens / max(1, facts.prefill_tokens)
     lines = [
-        f"{facts.cells} cells, {facts.samples} prompts, {facts.records:,} records, {facts.record_bytes / 2**20:.1f} MiB of records",
+        f"{facts.cells} cells, {facts.samples} prompts, {facts.records:,} records "
+        f"({facts.record_bytes / 2**20:.1f} MiB)",
         f"{facts.prefill_tokens:,} tokens to prefill ({shared:.0f} times fewer than cell by cell), "
         f"up to {facts.decode_tokens:,} to decode, {facts.cache_bytes / 2**20:.0f} MiB of caches",
         f"about {output.duration(facts.seconds)} in all ({session.prepared.dtype} on {session.prepared.device})",
@@ -92,6 +96,8 @@ def _finish(session: Any, outcome: Any, reason: str, json: bool) -> int:
     else:
         output.result(tables.SummaryView(summary))
     if outcome.errors:
-        output.warn(f"{outcome.errors} samples failed: kvcli show {folder} has their messages; the same command tries them again")
+        output.warn(
+            f"{outcome.errors} samples failed: kvcli show {folder} has the messages; the same command tries them again"
+        )
     output.next_command(f"kvcli report {shlex.quote(folder)}")
     return Exit.FAILED_SAMPLES if outcome.errors else Exit.DONE

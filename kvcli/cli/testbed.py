@@ -88,7 +88,9 @@ def accuracy(
         return
     from rich.table import Table
 
-    table = Table("prompt tokens", "longest", *rows[0]["accuracy"], title=f"{model}: full cache, n = {samples} per cell")
+    table = Table(
+        "prompt tokens", "longest", *rows[0]["accuracy"], title=f"{model}: full cache, n = {samples} per cell"
+    )
     for row in rows:
         table.add_row(str(row["length"]), str(row["longest"]), *(f"{v:.1%}" for v in row["accuracy"].values()))
     output.result(table)

@@ -53,7 +53,9 @@ def end_tokens(model: Model) -> frozenset[int]:
     return frozenset(found)
 
 
-def generate(model: Model, cache: CompressedCache, starts: Sequence[Start], rules: Sequence[StopRules]) -> list[Generated]:
+def generate(
+    model: Model, cache: CompressedCache, starts: Sequence[Start], rules: Sequence[StopRules]
+) -> list[Generated]:
     """Decodes every row of the cache to its end. Rows that ended leave the batch once half of it has ended."""
     outputs = [Generated() for _ in starts]
     for start, rule, out in zip(starts, rules, outputs, strict=True):

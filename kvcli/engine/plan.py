@@ -107,8 +107,19 @@ def make_cells(config: SweepConfig, tasks: Iterable[Task], facts: dict[str, Any]
     return list(cells.values())
 
 
+def own_digest(task: Task) -> str | None:
+    """Hash of a user's own task files, so that an edited task is a new cell; shipped tasks have versions."""
+    return None if task.name in task_names() else task.digest
+
+
 def _method_cells(
-    config: SweepConfig, task: Task, shots: int, first_token: str, text: MethodText, method: Method, facts: dict[str, Any]
+    config: SweepConfig,
+    task: Task,
+    shots: int,
+    first_token: str,
+    text: MethodText,
+    method: Method,
+    facts: dict[str, Any],
 ) -> Iterator[Cell]:
     sizes: list[tuple[str | None, int | None]]
     if method.domain.kind == "continuous":
@@ -119,7 +130,8 @@ def _method_cells(
         for seed in config.seeds if method.seeded else (None,):
             key = {
                 **facts,
-                "task": task.name, "task_version": task.version, "task_digest": None if task.name in task_names() else task.digest, "shots": shots, "shot_seed": config.shot_seed,
+                "task": task.name, "task_version": task.version, "task_digest": own_digest(task),
+                "shots": shots, "shot_seed": config.shot_seed,
                 "method": str(text), "method_code": catalog.code_hash(text), "ratio": ratio, "budget": budget,
                 "strict_window": config.strict_window, "first_token": first_token, "query": "aware", "decode": None,
                 "seed": seed, "max_new_tokens": config.max_new_tokens or task.max_new_tokens,

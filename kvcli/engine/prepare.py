@@ -99,7 +99,9 @@ def task_text(task: Task) -> str:
 def _positive(option: str, value: float | None, shift: int = 0) -> None:
     if value is not None and value <= 0:
         given = f"{option} {value - shift}"
-        raise KvcliError(f"{option} must be at least {1 - shift}", given=given, fix=f"{option} {20 if option == '--limit' else 1}")
+        raise KvcliError(
+            f"{option} must be at least {1 - shift}", given=given, fix=f"{option} {20 if option == '--limit' else 1}"
+        )
 
 
 def _one_of(option: str, value: str, choices: Sequence[str]) -> None:
@@ -134,7 +136,8 @@ def prepare(request: Request, limit: int | None, say: Callable[[str], None] = la
             prompts = [
                 build_prompt(
                     sample, tokenizer, template=config.template, chat_allowed=task.chat,
-                    max_prompt_tokens=config.max_prompt_tokens, context_limit=context, max_new_tokens=room, task=task.name,
+                    max_prompt_tokens=config.max_prompt_tokens, context_limit=context, max_new_tokens=room,
+                    task=task.name,
                 )
                 for sample in samples
             ]  # fmt: skip

@@ -241,7 +241,9 @@ class Runner:
         )  # fmt: skip
         self.sink.add_prompt(prompt_entry(prompts, sample, prompt, self.options.store_prompts))
         if index < self.options.keep_maps:
-            self.sink.keep_map(cell.task, sample.id, cell.id, positions_kept(choice.selection.kept, choice.context.kv_heads))
+            self.sink.keep_map(
+                cell.task, sample.id, cell.id, positions_kept(choice.selection.kept, choice.context.kv_heads)
+            )
         self._write(record)
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -259,5 +261,3 @@ class Runner:
 def question_start(regions: Sequence[Any]) -> int:
     """First token of the question; the prompt's last token where it has none."""
     return next((r.start for r in regions if r.kind == "question"), regions[-1].end - 1)
-
-

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvcli.config import GRID, HOUSEKEEPING
+from kvcli.config import GRID, HOUSEKEEPING, SweepConfig
 from kvcli.engine.estimate import Estimate, decode_rows, estimate
 from kvcli.engine.plan import MAX_DECODE_ROWS, Cell, Generation, Plan, make_cells
 from kvcli.engine.prepare import Prepared, Request, prepare, task_text
@@ -16,7 +16,8 @@ from kvcli.errors import KvcliError
 from kvcli.results.schema import SCHEMA
 
 DEFAULT_MEMORY = {"cpu": 1 << 30, "cuda": 8 << 30}
-"""Bytes for the caches of one decode batch unless --memory says otherwise. Fixed numbers: batches must not depend on what happens to be free."""
+"""Bytes for the caches of one decode batch unless --memory says otherwise; fixed, because batches must not depend on
+what happens to be free."""
 
 
 @dataclass
@@ -36,7 +37,13 @@ class Session:
         item = getattr(torch, self.prepared.dtype).itemsize
         length = self.prepared.request.config.max_new_tokens
         return estimate(
-            self.plan, self.wanted, self.prepared.prompt_sets, self.prepared.model_config, item, self.decode_rows, length
+            self.plan,
+            self.wanted,
+            self.prepared.prompt_sets,
+            self.prepared.model_config,
+            item,
+            self.decode_rows,
+            length,
         )
 
 
@@ -72,7 +79,11 @@ def open_session(request: Request, say: Callable[[str], None]) -> Session:
 def full_identity(prepared: Prepared) -> dict[str, Any]:
     """What a folder's results have in common: model, dtype, tokenizer, and all settings that are not the grid."""
     config = prepared.request.config.to_dict()
-    own = {k: v for k, v in config.items() if k not in (*GRID, *HOUSEKEEPING, "model", "dtype", "device", "data_dir", "attn")}
+    own = {
+        k: v
+        for k, v in config.items()
+        if k not in (*GRID, *HOUSEKEEPING, "model", "dtype", "device", "data_dir", "attn")
+    }
     return {**own, **prepared.identity}
 
 
@@ -89,8 +100,7 @@ def _all_cells(prepared: Prepared, generations: list[dict[str, Any]]) -> list[Ce
     facts = {**prepared.identity, "weights": "dense", "template": request.config.template}
     keys = set(prepared.prompt_sets)
     for generation in generations:
-        grid = {k: tuple(v) if isinstance(v, list) else v for k, v in generation["grid"].items()}
-        config = dataclasses.replace(request.config, **grid)
+        config = SweepConfig.from_dict({**request.config.to_dict(), **generation["grid"]}, given="run.json")
         tasks = [t for t in request.tasks if task_text(t) in config.tasks]
         try:
             earlier = make_cells(config, tasks, facts)

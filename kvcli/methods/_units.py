@@ -95,7 +95,7 @@ class UnitIndex:
         return cls(flat, owner, sizes)
 
     def means(self, score: Tensor) -> Tensor:
-        """[units]: mean of a per-token score [n] over each unit's tokens, summed in token order (so that equal units tie)."""
+        """[units]: mean of a per-token score [n] over each unit's tokens, in token order, so that equal units tie."""
         sums = score.new_zeros(len(self.sizes)).index_add_(0, self.owner, score[self.positions])
         return sums / sums.new_tensor(self.sizes)
 
@@ -130,4 +130,4 @@ def keep_units(ctx: Context, budget: Budget, orders: Sequence[Sequence[int]], fi
             flags.add("fallback")
         chosen = [i for t in taken for i in positions(all_units[t])]
         kept.append(torch.tensor(sorted({*fixed, *chosen}), dtype=torch.long))
-    return Selection(list(kept), frozenset(flags))
+    return Selection(kept, frozenset(flags))

@@ -51,7 +51,7 @@ class Selection:
     rerotate: the kept keys move to positions 0..K-1 (needs one length everywhere).
     """
 
-    kept: list[Tensor | list[Tensor]]
+    kept: Sequence[Tensor | list[Tensor]]
     flags: frozenset[str] = frozenset()
     rerotate: bool = False
     notes: dict[str, Any] = field(default_factory=dict)

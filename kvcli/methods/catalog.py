@@ -75,7 +75,9 @@ def _from_file(source: str) -> type[Method]:
     try:
         spec.loader.exec_module(module)
     except Exception as e:
-        raise KvcliError(f"{path_text} cannot be imported: {type(e).__name__}: {e}", given=given, fix="mend the file") from e
+        raise KvcliError(
+            f"{path_text} cannot be imported: {type(e).__name__}: {e}", given=given, fix="mend the file"
+        ) from e
     classes = sorted(name for name, v in vars(module).items() if _is_method(v) and v.__module__ == module.__name__)
     if class_name not in classes:
         fix = f"{path_text}:{classes[0]}" if classes else "derive a class from kvcli.methods.base.Method"
@@ -160,7 +162,7 @@ def _text(value: Any) -> str:
 
 def _value(field: dataclasses.Field[Any], text: str, part: Part) -> Any:
     given = f"--method {part}"
-    kind = type(field.default)
+    kind: type = type(field.default)
     try:
         if kind is bool:
             value: Any = {"true": True, "false": False}[text.lower()]
@@ -168,7 +170,9 @@ def _value(field: dataclasses.Field[Any], text: str, part: Part) -> Any:
             value = kind(text)
     except (KeyError, ValueError):
         words = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, kind.__name__)
-        raise KvcliError(f"'{field.name}={text}' must be {words}", given=given, fix=f"{field.name}={_text(field.default)}") from None
+        raise KvcliError(
+            f"'{field.name}={text}' must be {words}", given=given, fix=f"{field.name}={_text(field.default)}"
+        ) from None
     if field.metadata.get("odd") and value % 2 == 0:
         raise KvcliError(f"'{field.name}={text}' must be odd", given=given, fix=f"{field.name}={_text(field.default)}")
     low, high, choices = (field.metadata.get(k) for k in ("ge", "le", "choices"))
@@ -177,7 +181,9 @@ def _value(field: dataclasses.Field[Any], text: str, part: Part) -> Any:
         raise KvcliError(f"'{field.name}={text}' is not one of its values", given=given, fix=fix)
     if (low is not None and value < low) or (high is not None and value > high) or value != value:
         limits = f"at least {low}" + (f" and at most {high}" if high is not None else "")
-        raise KvcliError(f"'{field.name}={text}' is out of range: {limits}", given=given, fix=f"{field.name}={_text(field.default)}")
+        raise KvcliError(
+            f"'{field.name}={text}' is out of range: {limits}", given=given, fix=f"{field.name}={_text(field.default)}"
+        )
     return value
 
 

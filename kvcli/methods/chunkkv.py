@@ -59,4 +59,4 @@ class ChunkKV(Method):
                 flags |= {"fallback"}
             whole = [i for t in sorted(taken) for i in positions(chunks[t])]
             kept.append(torch.tensor([*whole, *range(end, ctx.n)], dtype=torch.long))
-        return Selection(list(kept), flags)
+        return Selection(kept, flags)

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 class PyramidKV(Method):
     """SnapKV scores under layer budgets that fall linearly; their sum is exactly the model's budget.
 
-    With f = budget - window per layer, the last layer keeps f / beta and the first 2f - f / beta beyond the window; where that is
-    more than the prompt has, the first keeps all and the last the rest. Source: arXiv:2406.02069, section 4.2. Differs:
-    largest remainders instead of integer division, which inflates or loses tokens in public code.
+    With f = budget - window per layer, the last layer keeps f / beta and the first 2f - f / beta beyond the window;
+    where that is more than the prompt has, the first keeps all and the last the rest. Source: arXiv:2406.02069,
+    section 4.2. Differs: largest remainders instead of integer division, which inflates or loses tokens in public code.
     """
 
     name = "pyramidkv"

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 class ShotKV(Method):
     """Shots ranked by the attention their tokens received, averaged over the shot; the best that fit are kept whole.
 
-    The score is the column sum over all prompt queries, summed over query heads, per layer. System, question and special tokens are always kept and
-    count. Passages compete in sentences or blocks of 16 tokens. Source: arXiv:2502.01941v4, section 5 and algorithm 1;
-    `scope=all-layers` is the v1 reading (one choice from scores averaged over layers); `fit=stop` ends at the first shot that does not fit.
+    The score is the column sum over all prompt queries, summed over query heads, per layer. System, question and
+    special tokens are always kept and count. Passages compete in sentences or blocks of 16 tokens. Source:
+    arXiv:2502.01941v4, section 5 and algorithm 1; `scope=all-layers` is the v1 reading (one choice from scores averaged
+    over layers); `fit=stop` ends at the first shot that does not fit.
     """
 
     name = "shotkv"

@@ -70,7 +70,9 @@ def load_tokenizer(
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json"))
+    return any(
+        (folder / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    )
 
 
 def resize(config: Any, source: ModelSource, vocabulary: int) -> None:
@@ -188,5 +190,7 @@ def load_weights(config: Any, source: ModelSource, dtype: str, device: str, *, t
                 trust_remote_code=trust_remote_code,
             )  # fmt: skip
         except torch.OutOfMemoryError as e:
-            raise KvcliError("out of memory while loading", given=f"--model {source.text}", code=Exit.ENVIRONMENT) from e
+            raise KvcliError(
+                "out of memory while loading", given=f"--model {source.text}", code=Exit.ENVIRONMENT
+            ) from e
     return model.to(device).eval()

@@ -1,4 +1,4 @@
-"""The record: one JSON line per cell and sample (docs/results.md). Fields may be null until the part that fills them exists."""
+"""The record: one JSON line per cell and sample (docs/results.md). A field is null where nothing fills it yet."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FIELDS: dict[str, str] = {
     "n_new": "generated tokens",
     "notes": "what the method says of this sample, {name: value}",
     "flags": "list out of " + " ".join(FLAGS),
-    "kv_bytes": "{full, prefill, end}: 16-bit payload of the dense prompt cache, of the kept part, of the row at its end",
+    "kv_bytes": "{full, prefill, end}: 16-bit bytes of the dense prompt cache, of its kept part, of the row at its end",
     "alloc_bytes": "bytes the engine's padded batch really held for this row",
     "kept_by_region": "{region: share kept}, mean over layers and KV heads",
     "fidelity": "{kl, top1, nll, first_divergence, identical}: against full's own output; null until measured",

@@ -46,9 +46,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
     core = Tokenizer(models.WordLevel(V.ID, unk_token=V.UNKNOWN))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.post_processor = processors.TemplateProcessing(
-        single=f"{V.BOS} $A", special_tokens=[(V.BOS, V.ID[V.BOS])]
-    )
+    core.post_processor = processors.TemplateProcessing(single=f"{V.BOS} $A", special_tokens=[(V.BOS, V.ID[V.BOS])])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=V.BOS, eos_token=V.END, unk_token=V.UNKNOWN, pad_token=V.PAD
     )

@@ -15,7 +15,9 @@ from tests.engine import tiny
 NEEDS = Needs(frozenset({"all", "question"}), 16)
 
 
-def random_qkv(dtype: torch.dtype, *, size: int, dim: int, heads: int = 4, kv_heads: int = 2, batch: int = 2) -> tuple[Tensor, ...]:
+def random_qkv(
+    dtype: torch.dtype, *, size: int, dim: int, heads: int = 4, kv_heads: int = 2, batch: int = 2
+) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(size * dim)
 
     def make(count: int) -> Tensor:
@@ -62,7 +64,10 @@ def test_backends_agree_with_the_reference(backend: str, dim: int, size: int, mo
     monkeypatch.setattr(backends, "_BLOCK_BYTES", 40_000)  # several blocks, the last one short
     for dtype, atol in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         query, key, value = random_qkv(dtype, size=size, dim=dim)
-        weights = {"all": torch.ones(2, size, dtype=dtype), "some": (torch.arange(size) % 3 == 0).to(dtype).expand(2, -1)}
+        weights = {
+            "all": torch.ones(2, size, dtype=dtype),
+            "some": (torch.arange(size) % 3 == 0).to(dtype).expand(2, -1),
+        }
         out, sums = backends.prefill(query, key, value, dim**-0.5, weights, backend)
         truth, true_sums = reference.prefill(query, key, value, dim**-0.5, weights)
         torch.testing.assert_close(out, truth, atol=atol, rtol=0)

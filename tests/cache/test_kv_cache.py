@@ -11,7 +11,9 @@ from kvcli.cache.budget import Budget, share_out
 from kvcli.cache.kv_cache import CompressedCache, Kept, Row, kept_counts, payload_bytes
 
 
-def dense(layers: int = 2, kv_heads: int = 2, n: int = 12, dim: int = 4) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def dense(
+    layers: int = 2, kv_heads: int = 2, n: int = 12, dim: int = 4
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     shape = (layers, kv_heads, n, dim)
     return [list(torch.randn(shape, generator=generator)) for _ in range(2)]  # type: ignore[return-value]

@@ -13,7 +13,9 @@ from kvcli.errors import KvcliError
 
 
 def test_sweep_and_load_run(tmp_path: Path) -> None:
-    config = kvcli.SweepConfig(methods=("h2o",), ratios=("0.3",), tasks=("tb_recall",), limit=3, out=str(tmp_path / "run"))
+    config = kvcli.SweepConfig(
+        methods=("h2o",), ratios=("0.3",), tasks=("tb_recall",), limit=3, out=str(tmp_path / "run")
+    )
     folder = kvcli.sweep(config)
     assert folder == tmp_path / "run"
     lines = (folder / "samples.jsonl").read_text().splitlines()
@@ -32,4 +34,4 @@ def test_import_is_light_and_names_are_known() -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError):
-        kvcli.nothing  # noqa: B018
+        kvcli.nothing

@@ -117,7 +117,9 @@ def test_per_head_and_per_layer_lengths_in_one_batch(exact: Model) -> None:
     def pick(size: int) -> Tensor:
         return torch.cat([torch.randperm(n - 1, generator=generator)[: size - 1].sort().values, torch.tensor([n - 1])])
 
-    rows_kept: list[Kept] = [[[pick(5 + 7 * row + 3 * layer + 11 * h) for h in range(2)] for layer in range(3)] for row in range(3)]
+    rows_kept: list[Kept] = [
+        [[pick(5 + 7 * row + 3 * layer + 11 * h) for h in range(2)] for layer in range(3)] for row in range(3)
+    ]
     rows_kept.append([torch.arange(n)] * 3)
     tokens = torch.tensor([5, 9, 17])
     rows = [Row(context.keys, context.values, kept) for kept in rows_kept]

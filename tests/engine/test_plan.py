@@ -35,11 +35,17 @@ def test_the_id_changes_with_everything_that_changes_results() -> None:
         assert [c.id for c in cells_of(other)] != [cell.id], name
     for facts in ({"model": "other"}, {"model": "m", "dtype": "bfloat16"}):
         assert make_cells(SweepConfig(methods=("snapkv",), ratios=("0.2",), full=False), [TASK], facts)[0].id != cell.id
-    quiet = dataclasses.replace(SweepConfig(methods=("snapkv",), ratios=("0.2",), full=False), limit=5, out="x", threads=2)
+    quiet = dataclasses.replace(
+        SweepConfig(methods=("snapkv",), ratios=("0.2",), full=False), limit=5, out="x", threads=2
+    )
     assert [c.id for c in cells_of(quiet)] == [cell.id]
 
 
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 30)), min_size=1, max_size=4), st.integers(1, 9), st.integers(1, 50))
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(1, 30)), min_size=1, max_size=4),
+    st.integers(1, 9),
+    st.integers(1, 50),
+)
 def test_every_row_is_planned_exactly_once_and_growth_moves_no_earlier_batch(
     growth: list[tuple[int, int]], prefill_rows: int, decode_rows: int
 ) -> None:

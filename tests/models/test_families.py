@@ -33,15 +33,18 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "phi": LLAMA_LIKE,
     "gpt_neox": {k: v for k, v in LLAMA_LIKE.items() if k != "num_key_value_heads"},
     "gpt2": GPT_LIKE,
-    "opt": {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "max_position_embeddings": 256},
+    "opt": {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "max_position_embeddings": 256},
 }  # fmt: skip
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "falcon": ({"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}, "falcon"),
     "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 4}, "bloom"),
     "gemma2": ({**LLAMA_LIKE, "head_dim": 8}, "soft-capped|sliding-window"),
-    "gpt_oss": ({**LLAMA_LIKE, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}, "sinks|sliding-window"),
+    "gpt_oss": (
+        {**LLAMA_LIKE, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+        "sinks|sliding-window",
+    ),
     "mistral": ({**LLAMA_LIKE, "sliding_window": 16, "head_dim": 8}, "sliding-window"),
 }
 

@@ -67,7 +67,12 @@ def answer_of(family: str, episode: language.Episode) -> list[str]:
         steps = last[last.index("start") + 1 : -1]
         value, out = int(steps[0]), []
         for operator, operand in zip(steps[1::2], map(int, steps[2::2]), strict=True):
-            rule = {"add": value + operand, "sub": value - operand, "max": max(value, operand), "min": min(value, operand)}
+            rule = {
+                "add": value + operand,
+                "sub": value - operand,
+                "max": max(value, operand),
+                "min": min(value, operand),
+            }
             result = rule[meaning[operator]]
             out += [operator, meaning[operator], str(value), str(operand), str(result)]
             value = result
