@@ -23,7 +23,9 @@ def test_the_three_lines():
 def test_the_nearest_name_is_offered():
     error = unknown("method", "snapvk", ["h2o", "snapkv"], given="--method snapvk", listing="kvcli list methods")
     assert error.fix == "snapkv     (kvcli list methods shows all)"
-    assert unknown("method", "zzz", ["h2o"], given="", listing="kvcli list methods").fix == "kvcli list methods shows all"
+    assert (
+        unknown("method", "zzz", ["h2o"], given="", listing="kvcli list methods").fix == "kvcli list methods shows all"
+    )
 
 
 def test_exit_codes_are_the_documented_ones():

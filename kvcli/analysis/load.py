@@ -6,7 +6,6 @@ Texts (prompts, outputs) are not kept, and repeated texts are stored once, so a 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -18,9 +17,8 @@ from numpy.typing import NDArray
 from kvcli.errors import KvcliError
 from kvcli.grammar import ratio_text
 from kvcli.results.schema import FLAGS, SCHEMA
-
-RUNS = Path("runs")
-"""Where sweeps put their folders unless --out says otherwise."""
+from kvcli.results.store import find_run as find_run
+from kvcli.results.store import record_files
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,7 @@ class Run:
     """run.json as it is; empty where there is none."""
     cells: tuple[Cell, ...]
     samples: tuple[str, ...]
+    """In order of their names: a resumed or merged run resamples as one that ran through."""
     clusters: tuple[str, ...]
     flag_names: tuple[str, ...]
     cell: NDArray[np.int32]
@@ -97,36 +96,12 @@ class Run:
         return str(self.config("model") or named or "unknown model")
 
 
-def find_run(text: str, runs: Path | None = None) -> Path:
-    """The result folder that a path, or the unique beginning of a name under runs/, stands for."""
-    runs = runs if runs is not None else RUNS
-    given = f"RUN {text}"
-    path = Path(text).expanduser()
-    if path.is_dir() and _is_run(path):
-        return path
-    if path.name == "run.json" and path.is_file():
-        return path.parent
-    known = sorted(p for p in runs.iterdir() if p.is_dir() and _is_run(p)) if runs.is_dir() else []
-    prefix = text.removeprefix("./").removeprefix(f"{runs}/").rstrip("/")
-    found = [p for p in known if p.name == prefix] or [p for p in known if p.name.startswith(prefix)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ", ".join(p.name for p in found[:5]) + (", ..." if len(found) > 5 else "")
-        raise KvcliError(f"'{text}' fits {len(found)} result folders", given=given, fix=f"one of {names}")
-    listing = "kvcli list runs shows the result folders"
-    if path.is_dir():
-        raise KvcliError(f"no records in {text}", given=given, fix=listing)
-    if path.exists():
-        raise KvcliError(f"{text} is not a result folder", given=given, fix=f"the folder that holds it: {path.parent}")
-    raise KvcliError(f"no result folder '{text}'", given=given, fix=listing)
-
-
 def load_run(folder: Path) -> Run:
-    """Reads a result folder. The last line per cell and sample counts; a torn last line counts as not written.
+    """Reads a result folder as kvcli.results.store does, but into columns.
 
-    Files are read in the order samples.jsonl, shards/* by name. Raises KvcliError with file and line for a broken
-    line, or where there is nothing to read.
+    In a file the last line of a cell and sample counts; between files a finished sample beats a failed one, then the
+    first file (samples.jsonl, shards by name). A torn last line counts as not written. Raises KvcliError with file
+    and line for any other broken line, or where there is nothing to read.
     """
     if not folder.is_dir():
         raise KvcliError(f"no result folder '{folder}'", given=f"RUN {folder}", fix="kvcli list runs shows them")
@@ -134,21 +109,11 @@ def load_run(folder: Path) -> Run:
     if not files:
         fix = "kvcli sweep writes one; an interrupted sweep goes on with the same command"
         raise KvcliError(f"no records in {folder}", given=f"RUN {folder}", fix=fix)
-    columns = _Columns(_read_meta(folder))
+    columns = _Columns(folder, _read_meta(folder))
     torn = [str(path.relative_to(folder)) for path in files if _read_file(path, columns)]
     if not columns.score:
         raise KvcliError(f"no finished records in {folder}", given=f"RUN {folder}", fix="wait for the first samples")
-    return columns.run(folder, tuple(torn))
-
-
-def record_files(folder: Path) -> list[Path]:
-    """The files that hold records, in the order in which a later line replaces an earlier one."""
-    main = folder / "samples.jsonl"
-    return ([main] if main.is_file() else []) + sorted((folder / "shards").glob("*.jsonl"))
-
-
-def _is_run(path: Path) -> bool:
-    return (path / "run.json").is_file() or bool(record_files(path))
+    return columns.run(tuple(torn))
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -172,32 +137,29 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 def _read_file(path: Path, columns: _Columns) -> bool:
     """Adds the records of one file; True when its last line was torn."""
     broken: KvcliError | None = None
-    for number, line in _lines(path):
-        if broken:
-            raise broken
-        try:
-            columns.add(_parse(line.decode("utf-8")))
-        except (ValueError, KeyError, TypeError) as e:
-            broken = _broken(path, number, e)
-            if line.endswith(b"\n"):  # written whole, so not torn by a crash
-                raise broken from e
+    columns.starts.append(len(columns.score))
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.isspace():
+                continue
+            if broken:
+                raise broken
+            try:
+                columns.add(_parse(line))
+            except (ValueError, KeyError, TypeError) as e:
+                broken = _broken(path, number, e)
     return broken is not None
 
 
-def _parse(line: str, decode: Any = json.JSONDecoder().raw_decode) -> Any:
+def _parse(line: bytes, decode: Any = json.JSONDecoder().raw_decode) -> Any:
     """One JSON value; a third faster than json.loads on bytes, which guesses their encoding first."""
-    line = line.strip()
-    value, end = decode(line)
-    if end != len(line):
-        raise json.JSONDecodeError("more than one value", line, end)
+    if not line.endswith(b"\n"):
+        raise ValueError("cut short")
+    text = line.decode("utf-8").strip()
+    value, end = decode(text)
+    if end != len(text):
+        raise json.JSONDecodeError("more than one value", text, end)
     return value
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.isspace():
-                yield number, line
 
 
 def _broken(path: Path, number: int, error: Exception) -> KvcliError:
@@ -208,14 +170,15 @@ def _broken(path: Path, number: int, error: Exception) -> KvcliError:
     else:
         reason = f"is not a record: {error}"
     folder = path.parent.parent if path.parent.name == "shards" else path.parent
-    return KvcliError(f"{path}:{number} {reason}", given=f"RUN {folder}", fix=f"kvcli check {folder}")
+    fix = f"kvcli check {folder} --fix     (sets that line aside; the same sweep measures its sample again)"
+    return KvcliError(f"{path}:{number} {reason}", given=f"RUN {folder}", fix=fix)
 
 
 class _Columns:
     """Grows one column per field while records are read."""
 
-    def __init__(self, meta: dict[str, Any]) -> None:
-        self.meta = meta
+    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+        self.folder, self.meta = folder, meta
         self.described = _mapping(meta.get("cells"))
         self.cells: list[Cell] = []
         self.cell_codes: dict[str, int] = {}
@@ -223,6 +186,8 @@ class _Columns:
         self.cluster_codes: dict[str, int] = {}
         self.flag_bits = {name: i for i, name in enumerate(FLAGS)}
         self.flag_masks: dict[tuple[str, ...], int] = {(): 0}
+        self.starts: list[int] = []
+        """First row of each file."""
         self.cell: list[int] = []
         self.sample: list[int] = []
         self.cluster: list[int] = []
@@ -238,7 +203,8 @@ class _Columns:
         if not isinstance(record, dict):
             raise TypeError("not an object")
         if record.get("schema", SCHEMA) > SCHEMA:
-            raise ValueError(f"schema {record['schema']} of a newer kvcli; this one reads {SCHEMA}")
+            what = f"records of a newer kvcli (schema {record['schema']}, this one reads {SCHEMA})"
+            raise KvcliError(what, given=f"RUN {self.folder}", fix="install the kvcli that wrote them")
         cell_id, sample_id = record["cell_id"], str(record["sample_id"])
         score = record["score"] if record.get("status", "ok") == "ok" else None
         value = np.nan if score is None else float(score)
@@ -267,11 +233,24 @@ class _Columns:
             mask = self.flag_masks[names] = sum(1 << bit for bit in bits)
         return mask
 
-    def run(self, folder: Path, torn: tuple[str, ...]) -> Run:
-        cell, sample = np.array(self.cell, np.int32), np.array(self.sample, np.int32)
-        keep = _last_of_each(cell, sample, len(self.sample_codes))
+    def _kept(self, key: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Row numbers, ascending, of the record that counts for every key (cell and sample)."""
+        file = np.searchsorted(self.starts, np.arange(len(key)), side="right")
+        _, from_end = np.unique((key * (len(self.starts) + 1) + file)[::-1], return_index=True)
+        last = len(key) - 1 - from_end
+        failed = np.isnan(np.array(self.score)[last])
+        order = last[np.lexsort((file[last], failed, key[last]))]
+        _, first = np.unique(key[order], return_index=True)
+        return np.sort(order[first])
+
+    def run(self, torn: tuple[str, ...]) -> Run:
+        names = sorted(self.sample_codes)
+        place = np.empty(len(names), np.int32)
+        place[[self.sample_codes[name] for name in names]] = np.arange(len(names), dtype=np.int32)
+        cell, sample = np.array(self.cell, np.int32), place[np.array(self.sample, np.int32)]
+        keep = self._kept(cell.astype(np.int64) * len(names) + sample)
         return Run(
-            folder, self.meta, tuple(self.cells), tuple(self.sample_codes), tuple(self.cluster_codes),
+            self.folder, self.meta, tuple(self.cells), tuple(names), tuple(self.cluster_codes),
             tuple(self.flag_bits), cell[keep], sample[keep], np.array(self.cluster, np.int32)[keep],
             np.array(self.score, np.float64)[keep], np.array(self.measured, np.float64)[keep],
             np.array(self.n_prompt, np.float64)[keep], np.array(self.answered, np.bool_)[keep],
@@ -285,13 +264,6 @@ def _code(codes: dict[str, int], text: str) -> int:
 
 def _number(value: Any) -> float:
     return np.nan if value is None else float(value)
-
-
-def _last_of_each(cell: NDArray[np.int32], sample: NDArray[np.int32], samples: int) -> NDArray[np.int64]:
-    """Row numbers, ascending, of the last record of every cell and sample."""
-    key = cell.astype(np.int64) * samples + sample
-    _, from_end = np.unique(key[::-1], return_index=True)
-    return np.sort(len(key) - 1 - from_end)
 
 
 def _describe(cell_id: str, record: dict[str, Any], described: dict[str, Any]) -> Cell:

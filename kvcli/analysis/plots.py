@@ -97,15 +97,16 @@ def plot(
 ) -> list[Path]:
     """Writes difference.* and score.* with the data behind them; returns the pictures, then the data files.
 
-    One pair of figures per first-token and query mode; where a run has several, their names say which.
-    tables: the run's summary where it is known already.
+    One pair of figures per first-token and query mode; where a run has several, their names say which. Empty where no
+    method has finished samples. tables: the run's summary where it is known already.
     """
     for name in formats:
         if name not in FORMATS:
             raise KvcliError(f"unknown format '{name}'", given=f"--format {name}", fix=",".join(FORMATS))
     pages = sheets(run, summarise(run) if tables is None else tables)
     methods = list(dict.fromkeys(s.method for _, sheet in pages for p in sheet.panels for s in p.series))
-    out_dir.mkdir(parents=True, exist_ok=True)
+    if pages:
+        out_dir.mkdir(parents=True, exist_ok=True)
     pictures, data = [], []
     for name, sheet in pages:
         pictures += _draw(sheet, methods, out_dir / name, formats)
@@ -205,8 +206,8 @@ def _figure(sheet: Sheet, methods: Sequence[str]) -> Figure:
     width = max(4.6, 0.75 + 2.35 * columns)
     handles, labels = _legend(sheet, methods)
     legend_columns = _legend_columns(labels, width)
-    bottom = 0.58 + 0.165 * -(-len(labels) // legend_columns)
-    title, subtitle = fill(_plain(sheet.title), int(9.5 * width)), fill(_plain(sheet.subtitle), int(13 * width))
+    bottom = 0.6 + 0.172 * -(-len(labels) // legend_columns)
+    title, subtitle = fill(_plain(sheet.title), int(9.5 * width)), fill(_plain(sheet.subtitle), int(14 * width))
     under = 0.14 + 0.18 * (title.count("\n") + 1)
     top, panel, gap = under + 0.36 + 0.14 * (subtitle.count("\n") + 1), {1: 2.3, 2: 1.8}.get(columns, 1.5), 0.55
     height = top + rows * panel + (rows - 1) * gap + bottom
@@ -250,7 +251,8 @@ def _legend_columns(labels: Sequence[str], width: float) -> int:
 
 
 def _limits(ax: Axes, sheet: Sheet) -> None:
-    ax.set_xlim(-0.02, 1.02)
+    widest = max([1.0, *(q.x for p in sheet.panels for s in p.series for q in s.points)])
+    ax.set_xlim(-0.02, widest + 0.02)  # beyond 1 only where a method stores more than the full cache
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
     if sheet.figure == "score":
         ax.set_ylim(-0.03, 1.03)

@@ -82,7 +82,8 @@ def _verdicts(tables: Sequence[TaskTable]) -> list[str]:
     comparisons = sum(cell.difference is not None for f in findings for cell in f.cells)
     lines = ["## Verdict", ""]
     if not comparisons:
-        return [*lines, "Nothing can be said: there is no `full` to compare with."]
+        compared = "only `full` was run" if not findings else "there is no finished sample of both `full` and a method"
+        return [*lines, f"Nothing can be said: {compared}."]
     lines += [
         f"Loss established = the 95 % interval of the paired difference to `full` lies below 0. {comparisons} "
         "comparisons, intervals not adjusted for their number: if nothing were lost, up to about "
@@ -170,8 +171,9 @@ def _not_excluded(finding: _Finding) -> str:
 
 
 def _how(run: Run, tables: Sequence[TaskTable]) -> list[str]:
-    facts = _flat({"": run.meta["model"]} if isinstance(run.meta.get("model"), dict) else {})
-    known = ", ".join(f"{k} {_plain(v)}" for k, v in facts if k not in ("name", "id"))
+    shown = ("revision", "dtype", "tokenizer", "parameters", "layers", "heads", "kv_heads", "context")
+    facts = {k: v for part in ("identity", "model") for k, v in _flat(run.meta.get(part))}
+    known = ", ".join(f"{k.replace('_', ' ')} {_plain(facts[k])}" for k in shown if k in facts)
     lines = ["## How it was measured", "", f"- Model: `{_plain(run.model)}`" + (f" ({known})" if known else "") + "."]
     for first_token in dict.fromkeys(t.first_token for t in tables):
         meaning = FIRST_TOKEN.get(first_token, "")
@@ -336,31 +338,40 @@ def _legend(tables: Sequence[TaskTable]) -> list[str]:
 
 
 def _provenance(run: Run) -> list[str]:
+    parts = ("provenance", "identity", "model", "schema", "status", "created", "updated")
+    facts = _flat({k: run.meta[k] for k in parts if k in run.meta})
     lines = ["## Provenance", ""]
-    facts = _flat({k: run.meta[k] for k in ("provenance", "model", "schema", "status") if run.meta.get(k) is not None})
     if facts:
         lines += ["| what | value |", "| --- | --- |", *(f"| {_plain(k)} | {_plain(v)} |" for k, v in facts), ""]
     if run.torn:
         lines += [f"Torn last lines (not written, the same command repeats them): {', '.join(run.torn)}.", ""]
-    argv = run.meta.get("argv")
-    if argv:
-        command = argv if isinstance(argv, str) else shlex.join(map(str, argv))
-        lines += ["The same command repeats or resumes this run:", "", "```sh", command, "```"]
+    argv, passed = run.meta.get("argv"), _flat(run.meta.get("passed"))
+    if isinstance(argv, list) and len(argv) > 1:
+        lines += ["The same command repeats or resumes this run:", "", "```sh", shlex.join(map(str, argv)), "```"]
+    elif passed:
+        settings = ", ".join(f"{k} = {_plain(v)}" for k, v in passed)
+        lines.append(f"Made from Python; the same settings repeat or resume it: {settings}.")
     else:
         lines.append("run.json holds no command: this report was made from the records alone.")
     return lines
 
 
-def _flat(values: dict[str, Any], before: str = "") -> list[tuple[str, str]]:
-    """Nested facts as (dotted name, text), in order; empty ones left out."""
+def _flat(values: Any, before: str = "") -> list[tuple[str, str]]:
+    """Nested facts as (dotted name, text), in order; empty ones left out. Nothing for what is not a mapping."""
     out: list[tuple[str, str]] = []
-    for key, value in values.items():
-        name = f"{before}.{key}" if before and key else before or key
+    for key, value in values.items() if isinstance(values, dict) else ():
+        name = f"{before}.{key}" if before else str(key)
         if isinstance(value, dict):
             out += _flat(value, name)
         elif value not in (None, "", []):
-            out.append((name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+            out.append((name, _listed(value) if isinstance(value, list) else str(value)))
     return out
+
+
+def _listed(values: list[Any]) -> str:
+    """'2 in each of 32' where all are alike: facts per layer."""
+    alike = len(values) > 2 and all(v == values[0] for v in values)
+    return f"{values[0]} in each of {len(values)}" if alike else ", ".join(map(str, values))
 
 
 def _plain(value: Any) -> str:

@@ -159,8 +159,8 @@ def column_of(cell: Cell) -> Column:
 
 
 def _rows_of_cells(run: Run) -> list[NDArray[np.int64]]:
-    """For each cell the numbers of its records."""
-    order = np.argsort(run.cell, kind="stable")
+    """For each cell the numbers of its records, by sample: sums do not depend on the order of the lines."""
+    order = np.lexsort((run.sample, run.cell))
     ends = np.searchsorted(run.cell[order], np.arange(len(run.cells) + 1))
     return [order[start:end] for start, end in pairwise(ends)]
 
@@ -215,9 +215,9 @@ def _replaced_warning(count: int) -> str:
 def _scores(run: Run, rows_of: Sequence[NDArray[np.int64]], codes: Sequence[int]) -> _Scores:
     """Averages seeds within each sample; of two cells with one seed the one written last counts."""
     by_seed: dict[int | None, int] = {}
-    for code in sorted(codes, key=lambda c: int(rows_of[c][-1])):
+    for code in sorted(codes, key=lambda c: int(rows_of[c].max())):
         by_seed[run.cells[code].seed] = code
-    kept = tuple(by_seed.values())
+    kept = tuple(by_seed[seed] for seed in sorted(by_seed, key=lambda seed: -1 if seed is None else seed))
     rows = np.concatenate([rows_of[code] for code in kept])
     done = rows[~np.isnan(run.score[rows])]
     count = np.bincount(run.sample[done], minlength=len(run.samples))

@@ -34,19 +34,38 @@ class Needs:
 
 
 @dataclass
-class Prefill:
-    """Attention state of one prefill of B right-padded prompts.
+class Dense:
+    """One prompt (or a prefix of several) after its prefill: what is forked, selected from and built upon.
 
-    lengths: real tokens per row. question_from: first token of each row's question, for sums of name 'question'.
-    Filled while the model runs: column_sums[name][layer] [B, H, n] in float32 (float64 for a float64 model);
-    window_queries[layer] [B, H, w, D]: rotated queries of each row's last w real tokens (rows shorter than w repeat
-    their first token in front; readers take the last min(w, length)).
+    keys, values: per layer [H_kv, n, D]; column_sums[name]: per layer [H, n]; window_queries: per layer [H, w, D], the
+    rotated queries of the last w = min(window, n) tokens.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    column_sums: dict[str, list[Tensor]]
+    window_queries: list[Tensor]
+
+    @property
+    def n(self) -> int:
+        return self.keys[0].shape[1]
+
+
+@dataclass
+class Prefill:
+    """Attention state of one prefill of B right-padded rows of new tokens, all behind the same prefix (if any).
+
+    lengths: real new tokens per row. question_from: first token of each row's question, for sums of name 'question';
+    both count from the end of the prefix. Filled while the model runs: column_sums[name][layer] [B, H, P + S] by the
+    new queries, in float32 (float64 for a float64 model); window_queries[layer] [B, H, w, D]: rotated queries of each
+    row's last w real tokens (rows shorter than w repeat their first token in front).
     """
 
     needs: Needs
     lengths: list[int]
     question_from: list[int]
     backend: str = "auto"
+    prefix: Dense | None = None
     column_sums: dict[str, list[Tensor]] = field(default_factory=dict)
     window_queries: list[Tensor] = field(default_factory=list)
     scaling: list[float] = field(default_factory=list)
@@ -58,10 +77,28 @@ class Prefill:
         if self.needs.window:
             self.window_queries.append(self._last_queries(query))
         weights = {name: self._query_weights(name, query) for name in sorted(self.needs.column_sums)}
-        out, sums = backends.prefill(query, key, value, scaling, weights, self.backend)
+        prefix = (self.prefix.keys[layer], self.prefix.values[layer]) if self.prefix is not None else None
+        out, sums = backends.prefill(query, key, value, scaling, weights, self.backend, prefix)
         for name, value_ in sums.items():
             self.column_sums.setdefault(name, []).append(value_)
         return out
+
+    def dense(self, row: int, keys: list[Tensor], values: list[Tensor]) -> Dense:
+        """One row with its prefix merged in, exactly: keys and values joined, column sums added, windows reaching back.
+
+        keys, values: per layer [B, H_kv, S, D], the new tokens' own.
+        """
+        n = self.lengths[row]
+        own = Dense(
+            [k[row, :, :n] for k in keys],
+            [v[row, :, :n] for v in values],
+            {
+                name: [s[row, :, : s.shape[2] - keys[0].shape[2] + n] for s in sums]
+                for name, sums in self.column_sums.items()
+            },
+            [q[row, :, -min(n, q.shape[2]) :] for q in self.window_queries],
+        )
+        return own if self.prefix is None else _behind(self.prefix, own, self.needs.window)
 
     def _last_queries(self, query: Tensor) -> Tensor:
         width = min(self.needs.window, query.shape[2])
@@ -76,3 +113,17 @@ class Prefill:
         if name == "question":
             real &= position >= torch.tensor(self.question_from, device=query.device)[:, None]
         return real.to(torch.promote_types(query.dtype, torch.float32))
+
+
+def _behind(prefix: Dense, own: Dense, window: int) -> Dense:
+    """The prompt prefix + own. own.column_sums already span both: what the new queries gave to the prefix's keys."""
+
+    def joined(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+        return [torch.cat(pair, 1) for pair in zip(a, b, strict=True)]
+
+    sums = {
+        name: [torch.cat([s[:, : prefix.n] + old, s[:, prefix.n :]], 1) for s, old in zip(mine, olds, strict=True)]
+        for (name, mine), olds in ((item, prefix.column_sums[item[0]]) for item in own.column_sums.items())
+    }
+    queries = [q[:, -window:] for q in joined(prefix.window_queries, own.window_queries)]
+    return Dense(joined(prefix.keys, own.keys), joined(prefix.values, own.values), sums, queries)

@@ -25,7 +25,7 @@ def causal(queries: int, keys: int) -> Tensor:
 def prefill(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, weights: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """As backends.prefill, with the whole [B, H, S, S] tensor in memory."""
+    """As backends.prefill, the prefix already in key and value, with the whole tensor of probabilities in memory."""
     visible = causal(query.shape[2], key.shape[2]).to(query.device)
     p = probabilities(query, key, scaling, visible)
     values = value.to(p.dtype).repeat_interleave(query.shape[1] // value.shape[1], 1)

@@ -56,6 +56,13 @@ class _Commands(TyperGroup):
         super().__init__(**attrs)
         self.commands = {name: TyperCommand(name, help=summary) for name, (_, summary) in COMMANDS.items()}
 
+    def get_help_option(self, ctx: Any) -> Any:
+        """--help with the default False: for its own None typer would load pydantic, a third of a help's time."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False
+        return option
+
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         if args[0] in COMMANDS:
             return args[0], _load(args[0]), args[1:]
@@ -99,13 +106,15 @@ def _top(
         context.get_help()
 
 
-def _build() -> Any:
+def _build(args: Sequence[str]) -> Any:
+    """The top command. Without options for completion behind a command's name: to read them, typer loads pydantic."""
     from typer.main import get_command
 
     app = typer.Typer(
         name="kvcli",
         cls=_Commands,
         help=_HELP,
+        add_completion=not args or args[0].startswith("-"),
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["--help", "-h"]},
     )
@@ -114,7 +123,7 @@ def _build() -> Any:
 
 
 def _invoke(args: list[str]) -> int:
-    command = _build()
+    command = _build(args)
     if "_KVCLI_COMPLETE" in os.environ:
         command(prog_name="kvcli")  # prints completions and exits
     try:

@@ -38,9 +38,13 @@ def command(
     from kvcli.analysis.load import find_run, load_run
     from kvcli.analysis.plots import plot
     from kvcli.cli import output
+    from kvcli.errors import KvcliError
 
     folder = find_run(run)
     written = plot(load_run(folder), out or folder / "figures", [name.strip() for name in formats.split(",")])
+    if not written:
+        fix = "kvcli sweep with the same --model and --out and a --method adds to it"
+        raise KvcliError(f"nothing to draw in {folder}: no method has finished samples", given=f"RUN {run}", fix=fix)
     data = [str(path) for path in written if path.suffix == ".json"]
     pictures = [str(path) for path in written if path.suffix != ".json"]
     if json:

@@ -57,6 +57,8 @@ class PrefillBatch:
     shots: int
     start: int
     end: int
+    samples: int
+    """How many samples of the prompt set this generation of the grid has."""
     cells: tuple[Cell, ...]
 
     def decode_batches(self, rows: int) -> Iterator[DecodeBatch]:
@@ -175,7 +177,7 @@ def _batches(
                 by_first.setdefault(first, []).append(cell)
         for first, members in sorted(by_first.items()):
             name = f"g{number}-{task}-s{shots}-p{first:05d}"
-            yield PrefillBatch(name, task, shots, first, end, tuple(members))
+            yield PrefillBatch(name, task, shots, first, end, count, tuple(members))
 
 
 def ratio_of(cell: Cell) -> Decimal | None:

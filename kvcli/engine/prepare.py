@@ -122,6 +122,7 @@ def prepare(request: Request, limit: int | None, say: Callable[[str], None] = la
     if request.source.kind == "random":
         loader.resize(model_config, request.source, len(tokenizer))
     device = loader.pick_device(config.device)
+    loader.check_attention(config.attn, device)
     dtype = loader.pick_dtype(config.dtype, device, model_config)
     identity = {**fingerprint(request.source), "tokenizer": config.tokenizer or "its own", "dtype": dtype}
     facts = {**identity, "weights": "dense", "template": config.template}

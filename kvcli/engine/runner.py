@@ -10,11 +10,12 @@ from typing import Any, Protocol
 
 import torch
 
-from kvcli.attention.capture import Needs
+from kvcli.attention.capture import Dense, Needs
 from kvcli.cache.budget import Budget
 from kvcli.cache.kv_cache import CompressedCache, Row
 from kvcli.engine.generate import Generated, Start, StopRules, end_tokens, generate
 from kvcli.engine.plan import Cell, DecodeBatch, Plan, PrefillBatch, ratio_of
+from kvcli.engine.prefixes import PrefixCache, shared_cuts
 from kvcli.engine.prepare import PromptSet
 from kvcli.engine.records import error_record, ok_record, prompt_entry
 from kvcli.engine.selecting import positions_kept, select
@@ -22,7 +23,7 @@ from kvcli.errors import Exit, KvcliError
 from kvcli.methods import catalog
 from kvcli.methods.base import Method, Selection
 from kvcli.methods.context import Context
-from kvcli.models.wrapper import Model, Prefilled
+from kvcli.models.wrapper import Model
 
 Key = tuple[str, str]
 
@@ -59,6 +60,14 @@ class Outcome:
 
 
 @dataclass
+class Ready:
+    """A prefilled sample. first_token: what the dense prefill's logits say, for --first-token prefill."""
+
+    context: Context
+    first_token: int
+
+
+@dataclass
 class Choice:
     """One row of a decode batch after selection."""
 
@@ -89,6 +98,7 @@ class Runner:
         self.done = self.sink.done_keys()
         self.methods: dict[str, Method] = {}
         self.outcome = Outcome()
+        self.shared: dict[Any, tuple[list[tuple[int, ...]], PrefixCache]] = {}
         self.seen = 0
 
     def run(self) -> Outcome:
@@ -125,50 +135,80 @@ class Runner:
         if self.outcome.stopped is not None:
             return
         started = time.perf_counter()
-        chosen = prompts.prompts[batch.start : batch.end]
-        needs = Needs.of(need for cell in batch.cells for need in self._method(cell).needs())
-        prefilled = self.model.prefill([p.ids for p in chosen], needs, [question_start(p.regions) for p in chosen])
-        contexts = [self._context(prefilled, i, prompts, batch.start + i) for i in range(len(chosen))]
-        prefill_seconds = (time.perf_counter() - started) / len(chosen)
+        ready = self._prefill(prompts, batch)
+        prefill_seconds = (time.perf_counter() - started) / len(ready)
         for decode in todo:
             self.outcome.stopped = self.stop()
             if self.outcome.stopped is not None:
                 return
-            self._decode_batch(prompts, batch, decode, prefilled, contexts, prefill_seconds)
+            self._decode_batch(prompts, batch, decode, ready, prefill_seconds)
             self._tick(len(decode.rows), batch.task)
+
+    def _prefill(self, prompts: PromptSet, batch: PrefillBatch) -> list[Ready]:
+        """The batch's samples after their prefill; those behind the same shared prefix run together."""
+        chosen = prompts.prompts[batch.start : batch.end]
+        needs = Needs.of(need for cell in batch.cells for need in self._method(cell).needs())
+        cuts, prefixes = self._prefixes(prompts, batch, needs)
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row, prompt in enumerate(chosen):
+            mine = cuts[batch.start + row]
+            groups.setdefault(tuple(prompt.ids[: mine[-1]]) if mine else (), []).append(row)
+        ready: dict[int, Ready] = {}
+        for shared, rows in groups.items():
+            prefix = prefixes.get(shared, cuts[batch.start + rows[0]])
+            n = len(shared)
+            ids = [chosen[row].ids[n:] for row in rows]
+            questions = [question_start(chosen[row].regions) - n for row in rows]
+            prefilled = self.model.prefill(ids, needs, questions, prefix)
+            for at, row in enumerate(rows):
+                context = self._context(prefilled.dense(at), prefilled.capture.scaling, prompts, batch.start + row)
+                ready[row] = Ready(context, int(prefilled.logits[at].argmax()))
+        return [ready[row] for row in range(len(chosen))]
+
+    def _prefixes(
+        self, prompts: PromptSet, batch: PrefillBatch, needs: Needs
+    ) -> tuple[list[tuple[int, ...]], PrefixCache]:
+        """Where shared prefixes end in each prompt of the batch's generation, and the cache that holds them."""
+        key = (batch.task, batch.shots, batch.samples, needs)
+        if key not in self.shared:
+            some = prompts.prompts[: batch.samples]
+            limits = [min(question_start(p.regions), len(p.ids) - 1) for p in some]
+
+            def extend(ids: Sequence[int], parent: Dense | None) -> Dense:
+                return self.model.prefill([ids], needs, [len(ids)], parent).dense(0)
+
+            self.shared.clear()  # one prompt set at a time
+            self.shared[key] = shared_cuts([p.ids for p in some], limits), PrefixCache(extend)
+        return self.shared[key]
 
     def _tick(self, rows: int, label: str) -> None:
         self.seen += rows
         self.progress(self.seen, self.plan.records, label)
 
-    def _context(self, prefilled: Prefilled, row: int, prompts: PromptSet, index: int) -> Context:
-        prompt, n = prompts.prompts[index], len(prompts.prompts[index].ids)
-        capture = prefilled.capture
+    def _context(self, dense: Dense, scaling: list[float], prompts: PromptSet, index: int) -> Context:
+        prompt, shapes = prompts.prompts[index], self.model.shapes
         return Context(
-            n=n, heads=self.model.shapes.heads, kv_heads=self.model.shapes.kv_heads[0], token_ids=prompt.ids,
-            regions=prompt.regions, keys=[k[row, :, :n] for k in prefilled.keys],
-            values=[v[row, :, :n] for v in prefilled.values],
-            column_sums={name: [s[row, :, :n] for s in sums] for name, sums in capture.column_sums.items()},
-            window_queries=[q[row] for q in capture.window_queries], scaling=capture.scaling,
-            sample_id=prompts.samples[index].id, seed=0, token_text=prompt.token_text,
+            n=dense.n, heads=shapes.heads, kv_heads=shapes.kv_heads[0], token_ids=prompt.ids, regions=prompt.regions,
+            keys=dense.keys, values=dense.values, column_sums=dense.column_sums, window_queries=dense.window_queries,
+            scaling=scaling, sample_id=prompts.samples[index].id, seed=0, token_text=prompt.token_text,
         )  # fmt: skip
 
     def _decode_batch(
-        self, prompts: PromptSet, batch: PrefillBatch, decode: DecodeBatch, prefilled: Prefilled,
-        contexts: list[Context], prefill_seconds: float,
+        self, prompts: PromptSet, batch: PrefillBatch, decode: DecodeBatch, ready: list[Ready],
+        prefill_seconds: float,
     ) -> None:  # fmt: skip
         choices: list[Choice] = []
         for i, cell in decode.rows:
             sample = prompts.samples[batch.start + i]
             try:
-                choices.append(self._choose(i, cell, contexts[i]))
+                choices.append(self._choose(i, cell, ready[i].context))
             except Exception as error:  # a method's fault is that cell's result, not the run's end
                 self._write(error_record(cell, prompts, sample, self._method(cell), error, decode.id))
         if not choices:
             return
         started = time.perf_counter()
         rows = [self._row(c) for c in choices]
-        starts = [self._start(c, prefilled) for c in choices]
+        starts = [self._start(c, ready[c.sample].first_token) for c in choices]
         rules = [self._rules(prompts, c.cell) for c in choices]
         try:
             cache = CompressedCache(rows, room=max(r.max_new_tokens for r in rules))
@@ -209,13 +249,13 @@ class Runner:
             raise KvcliError("this model's keys cannot be moved", given=choice.cell.method, fix="rerotate=false")
         return lambda layer, keys, old: rope.move(keys, old, torch.arange(len(old)))
 
-    def _start(self, choice: Choice, prefilled: Prefilled) -> Start:
+    def _start(self, choice: Choice, dense_token: int) -> Start:
         """Where the row begins: the position after its last pair, true or (rerotated) inside the cache."""
         n, last = choice.context.n, choice.context.token_ids[-1]
         end = len(choice.selection.kept[0]) if choice.selection.rerotate else n
         if choice.cell.first_token == "compressed":
             return Start(last, end - 1)
-        return Start(last, end, given=int(prefilled.logits[choice.sample].argmax()))
+        return Start(last, end, given=dense_token)
 
     def _rules(self, prompts: PromptSet, cell: Cell) -> StopRules:
         length = self.options.max_new_tokens or prompts.task.max_new_tokens

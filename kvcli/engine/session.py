@@ -155,7 +155,7 @@ def task_facts(prepared: Prepared, old: dict[str, Any]) -> dict[str, Any]:
         tasks[name] = {
             "ability": task.ability, "metric": task.metric, "version": task.version, "chance": task.chance,
             "harmful": task.harmful, "reference": task.reference, "suites": list(task.suites),
-            "source": task.source, "data": data,
+            "source": task.source, "samples": len(prompts.samples), "data": data,
         }  # fmt: skip
     return tasks
 

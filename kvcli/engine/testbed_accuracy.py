@@ -61,8 +61,8 @@ def _answers(model: Model, prompts: Sequence[Prompt], task: Task) -> list[str]:
     done = model.prefill([p.ids for p in prompts], Needs(), [0] * len(prompts))
     rows = []
     for i, prompt in enumerate(prompts):
-        kept = torch.arange(len(prompt.ids) - 1)
-        rows.append(Row([k[i] for k in done.keys], [v[i] for v in done.values], [kept] * len(done.keys)))
+        dense = done.dense(i)
+        rows.append(Row(dense.keys, dense.values, [torch.arange(len(prompt.ids) - 1)] * len(dense.keys)))
     rules = StopRules(task.max_new_tokens, end_tokens(model))
     starts = [Start(p.ids[-1], len(p.ids) - 1) for p in prompts]
     cache = CompressedCache(rows, room=task.max_new_tokens)

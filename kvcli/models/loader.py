@@ -171,6 +171,18 @@ def pick_dtype(name: str, device: str, config: Any) -> str:
     return str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
 
 
+def check_attention(attn: str, device: str) -> None:
+    """Raises KvcliError where --attn flash cannot work."""
+    from importlib.util import find_spec
+
+    if attn == "flash" and find_spec("flash_attn") is None:
+        raise KvcliError(
+            "flash-attn is not installed", given="--attn flash", fix="pip install 'kvcli[flash]', or --attn auto"
+        )
+    if attn == "flash" and not device.startswith("cuda"):
+        raise KvcliError("flash-attn needs a CUDA device", given=f"--attn flash --device {device}", fix="--attn auto")
+
+
 def load_weights(config: Any, source: ModelSource, dtype: str, device: str, *, trust_remote_code: bool = False) -> Any:
     """The model in eval mode. Random models take their weights from the `seed` setting."""
     import torch

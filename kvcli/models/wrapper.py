@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvcli.attention import backends
-from kvcli.attention.capture import Needs, Prefill
+from kvcli.attention.capture import Dense, Needs, Prefill
 from kvcli.attention.patch import UnsupportedAttention, patched
 from kvcli.cache.kv_cache import CompressedCache
 from kvcli.errors import KvcliError
@@ -44,12 +44,16 @@ class Shapes:
 
 @dataclass
 class Prefilled:
-    """Dense caches and statistics of B prompts: keys, values per layer [B, H_kv, n, D], logits [B, V] float32."""
+    """B rows of new tokens: keys, values per layer [B, H_kv, S, D], logits [B, V] float32 behind each last token."""
 
     keys: list[Tensor]
     values: list[Tensor]
     capture: Prefill
     logits: Tensor
+
+    def dense(self, row: int) -> Dense:
+        """One whole prompt, its prefix merged in."""
+        return self.capture.dense(row, self.keys, self.values)
 
 
 class _Decode:
@@ -79,16 +83,26 @@ class Model:
         return self.hf.dtype
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], needs: Needs, question_from: Sequence[int]) -> Prefilled:
-        """Dense causal prefill of B prompts of any lengths, right-padded; padding reaches no statistic."""
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        needs: Needs,
+        question_from: Sequence[int],
+        prefix: Dense | None = None,
+    ) -> Prefilled:
+        """Dense causal prefill of B rows of any lengths, right-padded; padding reaches no statistic.
+
+        With a prefix, prompts and question_from begin behind it.
+        """
         lengths = [len(p) for p in prompts]
         ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
-        state = Prefill(needs, lengths, list(question_from), self.attn)
+        state = Prefill(needs, lengths, list(question_from), self.attn, prefix)
         cache = DynamicCache()
         last = sorted({n - 1 for n in lengths})
-        positions = torch.arange(ids.shape[1], device=self.device)[None].expand(len(prompts), -1)
+        before = 0 if prefix is None else prefix.n
+        positions = torch.arange(before, before + ids.shape[1], device=self.device)[None].expand(len(prompts), -1)
         with patched(self.hf, state):
             out = self.hf(
                 ids.to(self.device), position_ids=positions, past_key_values=cache, use_cache=True,

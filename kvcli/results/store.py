@@ -321,8 +321,9 @@ def find_run(text: str, root: Path = Path("runs")) -> Path:
     path = Path(text).expanduser()
     if path.name in (RUN, SAMPLES) and path.is_file():
         path = path.parent
-    if is_run(path):
-        return path
+    for exact in (path, root / path) if text else ():
+        if is_run(exact):
+            return exact
     found: dict[Path, Path] = {}
     for start in (path, root / path):
         if start.parent.is_dir() and text:

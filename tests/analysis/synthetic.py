@@ -5,6 +5,7 @@ Regenerate the golden files after a change that is meant:  python -m tests.analy
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -119,9 +120,10 @@ def meta(spec: Spec, lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "argv": ["kvcli", "sweep", "--model", spec.model, "--method", ",".join(m.name for m in spec.methods),
                  "--ratio", ",".join(spec.ratios), "--limit", str(spec.n)],
         "config": {"model": spec.model, "methods": ["full", *(m.name for m in spec.methods)],
-                   "ratios": list(spec.ratios), "tasks": [t.name for t in spec.tasks], "limit": spec.n, "dtype": "auto"},
-        "model": {"name": spec.model, "revision": None, "dtype": "float32", "parameters": 650_000, "layers": 6},
-        "provenance": {"kvcli": "0.1.0", "python": "3.11", "torch": "2.13.0", "commit": "0123abc", "device": "cpu"},
+                   "ratios": list(spec.ratios), "tasks": [t.name for t in spec.tasks], "limit": spec.n},
+        "identity": {"model": spec.model, "revision": "0123abc", "dtype": "float32", "template": "auto"},
+        "model": {"layers": 4, "heads": 4, "kv_heads": [2, 2, 2, 2], "context": 1024, "parameters": 648_576},
+        "provenance": {"versions": {"kvcli": "0.1.0", "torch": "2.13.0"}, "git": {"commit": "456def", "dirty": False}},
         "tasks": {t.name: {"ability": t.ability, "metric": "exact match", "chance": t.chance, "version": "1"}
                   for t in spec.tasks},
         "cells": {line["cell_id"]: {name: line[name] for name in facts} for line in lines},
@@ -195,3 +197,38 @@ def small(folder: Path) -> Path:
 def large(folder: Path, n: int = 200) -> Path:
     """Eight tasks, nine methods, six ratios: what plots must stay readable for."""
     return build(folder, Spec(TASKS, METHODS, RATIOS, n=n))
+
+
+def regenerate() -> None:
+    """Writes the golden files from `small`; tests/analysis/test_report.py and test_plots.py compare with them."""
+    import tempfile
+
+    from kvcli.analysis import plots, report, tables
+    from kvcli.analysis.load import load_run
+
+    GOLDEN.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        run = load_run(small(Path(temporary) / "golden"))
+        summary = tables.summarise(run)
+        (GOLDEN / "report.md").write_text(report.markdown(run, summary), encoding="utf-8")
+        (GOLDEN / "terminal.txt").write_text(terminal(summary, 80), encoding="utf-8")
+        for name, sheet in plots.sheets(run, summary):
+            text = json.dumps(dataclasses.asdict(sheet), indent=1, ensure_ascii=False) + "\n"
+            (GOLDEN / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def terminal(summary: Sequence[Any], width: int) -> str:
+    """The tables as a terminal without colours shows them; spaces at line ends dropped."""
+    import io
+
+    from rich.console import Console
+
+    from kvcli.cli.tables import SummaryView
+
+    file = io.StringIO()
+    Console(file=file, width=width, highlight=False, markup=False, no_color=True).print(SummaryView(summary))
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+
+
+if __name__ == "__main__":
+    regenerate()

@@ -39,11 +39,11 @@ def exact() -> Iterator[Model]:
 def prefilled(model: Model, n: int, needs: set[str]) -> tuple[Prefilled, Context]:
     prompt = tiny.prompt(n, seed=n)
     done = model.prefill([prompt.ids], Needs.of(needs), [question_start(prompt.regions)])
+    dense = done.dense(0)
     context = Context(
         n=n, heads=model.shapes.heads, kv_heads=model.shapes.kv_heads[0], token_ids=prompt.ids, regions=prompt.regions,
-        keys=[k[0] for k in done.keys], values=[v[0] for v in done.values],
-        column_sums={name: [s[0] for s in sums] for name, sums in done.capture.column_sums.items()},
-        window_queries=[q[0] for q in done.capture.window_queries], scaling=done.capture.scaling, sample_id="s", seed=0,
+        keys=dense.keys, values=dense.values, column_sums=dense.column_sums, window_queries=dense.window_queries,
+        scaling=done.capture.scaling, sample_id="s", seed=0,
     )  # fmt: skip
     return done, context
 

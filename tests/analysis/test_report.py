@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from kvcli.analysis.load import load_run
+from kvcli.analysis.report import markdown, write_report
+from kvcli.analysis.tables import summarise
+from tests.analysis.synthetic import GOLDEN, METHODS, RATIOS, TASKS, FakeTask, Spec, build, small
+
+
+def text_of(folder: Path) -> str:
+    run = load_run(folder)
+    return markdown(run, summarise(run))
+
+
+def section(text: str, head: str) -> str:
+    return text.split(f"## {head}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def test_report_matches_golden(tmp_path: Path) -> None:
+    """Regenerate after a change that is meant: python -m tests.analysis.synthetic"""
+    assert text_of(small(tmp_path / "golden")) == (GOLDEN / "report.md").read_text(encoding="utf-8")
+
+
+def test_sections_in_order(tmp_path: Path) -> None:
+    heads = re.findall(r"^## (.*)$", text_of(small(tmp_path / "small")), re.M)
+    assert heads == [
+        "Verdict", "How it was measured", "Sanity warnings", "First token: compressed against prefill", "Tables",
+        "Provenance",
+    ]  # fmt: skip
+
+
+def test_verdicts_start_with_the_worst_loss_and_rank_nothing_over_budget(tmp_path: Path) -> None:
+    verdict = section(text_of(build(tmp_path / "run", Spec(TASKS, METHODS, RATIOS, n=40))), "Verdict")
+    listed = [line for line in verdict.splitlines() if line.startswith("- **")]
+    losses = [line.split("**loss established** at ")[1].split("; ")[0] for line in listed]
+    worst = [min(map(float, re.findall(r": (-[\d.]+) \(", loss))) for loss in losses]
+    assert len(listed) == 20
+    assert worst == sorted(worst)
+    shot = next(line for line in listed if "random_shot" in line)
+    assert "over budget, not ranked, at 0.1 (measured 0.18)" in shot
+    assert "Smaller losses established" in verdict
+    assert "points not excluded" in verdict
+
+
+def test_every_row_has_n_interval_and_relative_change(tmp_path: Path) -> None:
+    rows = [line for line in section(text_of(small(tmp_path / "small")), "Tables").splitlines() if "| `" in line[:4]]
+    assert len(rows) == 3 * 2 * (1 + 4 * 3)
+    for row in rows:
+        fields = [field.strip() for field in row.strip("|").split("|")]
+        assert re.match(r"\d+", fields[3])
+        assert re.match(r"[\d.]+ \[[\d.]+, [\d.]+\]$", fields[4])
+        if fields[0] != "`full`":
+            assert re.match(r"(\*\*)?[+-][\d.]+(\*\*)? \[[+-][\d.]+, [+-][\d.]+\]$", fields[5])
+            assert fields[6].endswith("%")
+
+
+def test_first_token_modes_stand_side_by_side(tmp_path: Path) -> None:
+    both = text_of(small(tmp_path / "both"))
+    side = section(both, "First token: compressed against prefill")
+    recall = next(line for line in side.splitlines() if "`tb_recall` | `streaming_llm` | 0.3" in line)
+    assert re.search(r"\| \*\*-\d", recall), "lost with compressed"
+    assert not recall.split("|")[-2].strip().startswith("**-"), "hidden with prefill"
+    assert "before anything is evicted" in side
+    one = text_of(build(tmp_path / "one", Spec(n=5)))
+    assert "side by side" not in one
+    assert "against prefill" not in one
+
+
+def test_warnings_reach_the_top_and_their_section(tmp_path: Path) -> None:
+    text = text_of(build(tmp_path / "run", Spec([FakeTask("t", 0.2, 0.1, chance=0.25)], METHODS[:2])))
+    assert "> **1 sanity warning** below" in text.split("## Verdict")[0]
+    assert "not clearly above chance" in section(text, "Sanity warnings")
+
+
+def test_nothing_to_compare_with(tmp_path: Path) -> None:
+    text = text_of(build(tmp_path / "run", Spec(TASKS[:1], METHODS[:1], full=False)))
+    assert "Nothing can be said" in section(text, "Verdict")
+
+
+def test_only_full_and_only_failures_still_make_a_report(tmp_path: Path) -> None:
+    text = text_of(build(tmp_path / "full", Spec(TASKS[:1], ())))
+    assert "only `full` was run" in section(text, "Verdict")
+    text = text_of(build(tmp_path / "failed", Spec(TASKS[:1], METHODS[1:2], ("0.1",), n=3, failed=3)))
+    assert "| `streaming_llm` | 0.1 | - | 0 | - [no interval] |" in text
+    assert "3 failed |" in text
+
+
+def test_records_alone_suffice(tmp_path: Path) -> None:
+    text = text_of(build(tmp_path / "run", Spec(n=5), with_meta=False))
+    assert "made from the records alone" in section(text, "Provenance")
+
+
+def test_command_is_quoted_and_status_said(tmp_path: Path) -> None:
+    argv = ["kvcli", "sweep", "--method", "./my methods/a.py:M", "--ratio", "0.1"]
+    folder = build(tmp_path / "run", Spec(n=5, meta={"argv": argv, "status": "running"}))
+    text = text_of(folder)
+    assert "kvcli sweep --method './my methods/a.py:M' --ratio 0.1" in section(text, "Provenance")
+    assert "**Status running: not all samples are in.**" in text
+
+
+def test_a_run_made_from_python_names_its_settings(tmp_path: Path) -> None:
+    meta = {"argv": ["kvcli"], "passed": {"tasks": ["tb_recall"], "limit": 16}, "model": {"kv_heads": [2] * 32}}
+    text = text_of(build(tmp_path / "run", Spec(n=5, meta=meta)))
+    assert "tasks = tb_recall, limit = 16" in section(text, "Provenance")
+    assert "| model.kv_heads | 2 in each of 32 |" in text
+
+
+def test_names_cannot_act_as_markdown(tmp_path: Path) -> None:
+    folder = build(tmp_path / "run", Spec(n=5))
+    for name in ("run.json", "samples.jsonl"):
+        path = folder / name
+        path.write_text(path.read_text().replace("snapkv", "a|b`<script>*x*").replace('"testbed"', '"<script>|*"'))
+    text = text_of(folder)
+    assert "# KV cache compression: \\<script\\>\\|\\*" in text
+    assert "`a\\|b'<script>*x*`" in text
+    tables = section(text, "Tables").splitlines()
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables if line.startswith("|")} == {13}
+
+
+@pytest.mark.parametrize("pictures", [(), ("difference.png", "score.png")])
+def test_figures_beside_the_report_are_linked(tmp_path: Path, pictures: tuple[str, ...]) -> None:
+    (tmp_path / "figures").mkdir()
+    for name in (*pictures, "difference.json"):
+        (tmp_path / "figures" / name).touch()
+    path = write_report(load_run(build(tmp_path / "run", Spec(n=5))), tmp_path / "report.md")
+    assert re.findall(r"\]\((.*?)\)", path.read_text()) == [f"figures/{name}" for name in pictures]
+
+
+def test_numbers_agree_with_the_summary(tmp_path: Path) -> None:
+    run = load_run(small(tmp_path / "small"))
+    text = markdown(run, summarise(run))
+    table = next(t for t in summarise(run) if t.task == "tb_recall" and t.first_token == "compressed")
+    cell = next(c for c in table.cells() if c.method == "snapkv" and c.column == "0.1")
+    change = cell.difference
+    assert change is not None and change.interval is not None
+    shown = f"**{100 * change.value:+.1f}** [{100 * change.interval.low:+.1f}, {100 * change.interval.high:+.1f}]"
+    assert shown in section(text, "Tables")
+    assert json.dumps(cell.flags) == '{"noop": 2}'
+    assert f"noop 2/{cell.records}" in text

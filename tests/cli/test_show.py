@@ -1,0 +1,118 @@
+"""kvcli show: what there is, one prompt with kept tokens marked, outputs side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvcli.results.store import RunStore
+
+TEXT = "The key is red. What is the key?"
+OFFSETS = [0, 3, 7, 10, 15, 20, 23, 27, 32]
+"""Token 0 is a BOS without text; then 'The', ' key', ' is', ' red.', ' What', ' is', ' the', ' key?'."""
+REGIONS = [["special", 0, 1], ["shot 0", 1, 5], ["question", 5, 9]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, record) -> Path:
+    folder = tmp_path / "run"
+    facts = dict(prompt_sha="p", n_prompt=9, target="red", output="a [bold]red[/bold] key\nindeed", extracted="red")
+    with RunStore(folder) as store:
+        with store.edit_run() as run:
+            run["cells"] = {}
+        prompt = dict(sha="p", task="tb_recall", sample_id="s1", n=9)
+        store.add_prompt({**prompt, "text": TEXT, "offsets": OFFSETS, "regions": REGIONS})
+        store.append(record("cf", "s1", method="full", ratio=None, measured_ratio=1.0, **facts))
+        for cell, method, ratio in (("c1", "snapkv", 0.1), ("c2", "h2o:reduce=max", 0.1), ("c3", "snapkv", 0.5)):
+            store.append(record(cell, "s1", method=method, ratio=ratio, flags=["fallback"], **facts))
+        store.append(record("c1", "s2", **facts))
+        store.keep_map("tb_recall", "s1", "cf", [list(range(9))] * 2)
+        store.keep_map("tb_recall", "s1", "c1", [[[1, 8], [1, 8]], [[1, 2, 8], [1, 8]]])
+        store.keep_map("tb_recall", "s1", "c3", [[0, 3, 4, 7, 8]] * 2)
+    return folder
+
+
+def test_what_there_is(kvcli, folder):
+    done = kvcli("show", folder)
+    assert done.code == 0
+    assert "tb_recall" in done.out
+    assert f"next: kvcli show {folder} --task tb_recall" in done.err
+    [task] = json.loads(kvcli("show", folder, "--json").out)
+    assert task == {"task": "tb_recall", "samples": 2, "cells": 4, "methods": ["full", "snapkv", "h2o:reduce=max"]}
+    done = kvcli("show", folder, "--task", "tb-recall")
+    assert f"next: kvcli show {folder} --task tb_recall --sample s1" in done.err
+    samples = json.loads(kvcli("show", folder, "--task", "tb_recall", "--json").out)
+    assert samples[0] == {"sample": "s1", "cells": 4, "mean_score": 1.0, "kept_marked": True}
+
+
+def test_kept_tokens_and_outputs(kvcli, folder):
+    done = kvcli("show", folder, "--task", "tb_recall", "--sample", "s1", "--method", "snapkv", "--ratio", "0.1")
+    assert done.code == 0
+    assert "snapkv ratio 0.1: 2.2 of 9 tokens kept" in done.out
+    lines = done.out.splitlines()
+    at = lines.index("[shot 0: 31 % kept]")
+    assert lines[at + 1 : at + 4] == ["The ··· ·· ····", "[question: 25 % kept]", " ···· ·· ··· key?"]
+    assert "[bold]red[/bold]" in done.out, "texts of the model are no markup"
+    methods = [line.split()[0] for line in lines if line.strip().startswith(("full ", "snapkv ", "h2o"))]
+    assert methods == ["snapkv", "full", "snapkv"]
+    assert "fallback" in done.out
+
+
+def test_all_cells_by_default(kvcli, folder):
+    done = kvcli("show", folder, "--task", "tb_recall", "--sample", "s1")
+    assert "snapkv ratio 0.5: 5.0 of 9" in done.out
+    assert "h2o:reduce=max" in done.out
+
+
+def test_json(kvcli, folder):
+    facts = json.loads(kvcli("show", folder, "--task", "tb_recall", "--sample", "s1", "--json").out)
+    assert facts["prompt"]["text"] == TEXT
+    cells = {cell["cell_id"]: cell for cell in facts["cells"]}
+    assert cells["c1"]["kept_share"] == [0, 1, 0.25, 0, 0, 0, 0, 0, 1]
+    assert cells["c2"]["kept_share"] is None
+    assert facts["cells"][0]["method"] == "full"
+
+
+def test_colours_on_a_terminal(kvcli, folder, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    done = kvcli("show", folder, "--task", "tb_recall", "--sample", "s1", "--method", "snapkv")
+    assert "\x1b[" in done.out
+    assert "·" not in done.out.partition("target")[0]
+    monkeypatch.setenv("NO_COLOR", "1")
+    done = kvcli("show", folder, "--task", "tb_recall", "--sample", "s1", "--method", "snapkv")
+    assert "\x1b[" not in done.out + done.err
+
+
+def test_a_harmful_prompt_is_not_shown_unless_stored(kvcli, tmp_path, record):
+    folder = tmp_path / "run"
+    with RunStore(folder) as store:
+        with store.edit_run() as run:
+            run["tasks"] = {"tb_safety": {"harmful": True}}
+        store.add_prompt(dict(sha="p", task="tb_safety", sample_id="s1", n=3, text=None, offsets=None, regions=[]))
+        store.append(record("c1", "s1", task="tb_safety", prompt_sha="p", n_prompt=3))
+        store.append(record("c1", "s2", task="tb_safety", status="error", error="ValueError: x", score=None))
+        store.keep_map("tb_safety", "s1", "c1", [[0, 2]])
+    done = kvcli("show", folder, "--task", "tb_safety", "--sample", "s1")
+    assert done.code == 0
+    assert "--store-prompts" in done.err
+    done = kvcli("show", folder, "--task", "tb_safety", "--sample", "s2")
+    assert "failed: ValueError: x" in done.out
+
+
+@pytest.mark.parametrize(
+    "args, what, fix",
+    [
+        (["--task", "tb_recal"], "unknown task in this folder 'tb_recal'", "tb_recall"),
+        (["--task", "tb_recall", "--sample", "s7"], "unknown sample 's7'", "s2"),
+        (["--task", "tb_recall", "--sample", "s2", "--method", "h2o"], "no such cell", "snapkv ratio 0.1"),
+        (["--task", "tb_recall", "--sample", "s1", "--ratio", "1.5"], "out of range", "kept ratio"),
+    ],
+)
+def test_mistakes(kvcli, folder, args, what, fix):
+    done = kvcli("show", folder, *args)
+    assert done.code == 2
+    assert what in done.err
+    assert fix in done.err
+    assert done.out == ""
