@@ -85,7 +85,14 @@ def _load(name: str) -> Any:
         app.command(name)(module.command)
     command = get_command(app)
     command.name = name
+    command.help = _reflowed(command.help or "")
     return command
+
+
+def _reflowed(text: str) -> str:
+    """Paragraphs as one line each, so that help wraps at the terminal's width; those marked \\b stay as they are."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(p if p.startswith("\b") else p.replace("\n", " ") for p in paragraphs)
 
 
 def _version(asked: bool) -> None:

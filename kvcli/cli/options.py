@@ -16,6 +16,7 @@ _GRID, _MODEL, _RUNNING = "Grid", "Model", "Running"
 
 
 def _option(*names: str, help: str, panel: str, metavar: str | None = None) -> Any:
+    help = help.replace("[", "\\[")  # brackets are markup to typer
     return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, show_default=False)
 
 

@@ -36,7 +36,7 @@ def command(
     \b
     Examples:
       kvcli run --task tb_recall --method snapkv --ratio 0.2
-      kvcli run --model ./my-llama --task gsm8k --method h2o --ratio 0.5 --data-dir data
+      kvcli run --model ./my-llama -t gsm8k -M h2o -r 0.5 --data-dir data
     """
     typed = dict(locals())
     config, json, dry_run = (typed.pop(name) for name in ("config", "json", "dry_run"))

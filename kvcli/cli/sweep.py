@@ -28,7 +28,7 @@ def command(
     Examples:
       kvcli sweep --model testbed --method shotkv --ratio 0.1
       kvcli sweep --method tier1 --ratio 0.1..0.9:0.2 --limit 50
-      kvcli sweep --model llama3-8b --method snapkv:window=16,h2o --ratio 0.2 --task gsm8k
+      kvcli sweep --model llama3-8b --method snapkv,h2o --ratio 0.2 -t gsm8k
       kvcli sweep --method ./mine.py:MyMethod,tier1 --ratio 0.3 --dry-run
     """
     typed = dict(locals())
