@@ -20,14 +20,14 @@ class Budget:
     layers: int
     kv_heads: int
     strict_window: bool = False
-    requested_all: bool = False
-    """True where the request itself was to keep everything (ratio 1), so that keeping all is no `noop`."""
+    ratio: Decimal | None = None
+    """The kept ratio asked for; None where --budget was."""
 
     @classmethod
     def of_ratio(cls, ratio: Decimal, n: int, layers: int, kv_heads: int, strict_window: bool = False) -> Budget:
         """round_half_up(ratio * n) on exact decimals, at least one."""
         size = max(1, round_half_up(ratio * n))
-        return cls(n, min(n, size), layers, kv_heads, strict_window, requested_all=ratio == 1)
+        return cls(n, min(n, size), layers, kv_heads, strict_window, ratio)
 
     @classmethod
     def of_size(cls, size: int, n: int, layers: int, kv_heads: int, strict_window: bool = False) -> Budget:
@@ -44,6 +44,11 @@ class Budget:
     def total(self, scope: str) -> int:
         """The number that binds: per head, per layer (all its KV heads) or per model."""
         return {"head": self.per_head, "layer": self.layer_total, "model": self.model_total}[scope]
+
+    @property
+    def requested_all(self) -> bool:
+        """Whether the request itself was to keep everything, so that keeping all is no `noop`."""
+        return self.ratio == 1
 
     @property
     def everything(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,31 @@ def payload_bytes(kept: Kept, dims: Sequence[tuple[int, int]]) -> int:
     )
 
 
+class Workspace:
+    """Memory for caches that live one after the other, so that none pays for fresh pages.
+
+    A cache built on it is valid until the next one is.
+    """
+
+    def __init__(self) -> None:
+        self._flat: Tensor | None = None
+        self._used = 0
+
+    def start(self, elements: int, like: Tensor) -> None:
+        """Begins a new cache of so many elements; what the one before held is given up."""
+        flat = self._flat
+        if flat is None or flat.numel() < elements or flat.dtype != like.dtype or flat.device != like.device:
+            self._flat = None  # freed before the larger one is asked for
+            self._flat = like.new_empty(elements + elements // 4)  # the next one may be a little larger
+        self._used = 0
+
+    def take(self, *shape: int) -> Tensor:
+        """A tensor of this shape; its content is whatever was there, to be written before it is read."""
+        assert self._flat is not None
+        start, self._used = self._used, self._used + math.prod(shape)
+        return self._flat[start : self._used].view(shape)
+
+
 class KeptLayer(CacheLayerMixin):
     """Keys and values [R, H_kv, slots, D] of one layer, right-aligned, with room for new tokens.
 
@@ -67,14 +93,14 @@ class KeptLayer(CacheLayerMixin):
         self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
 
     @classmethod
-    def gather(cls, rows: Sequence[Row], layer: int, room: int) -> KeptLayer:
+    def gather(cls, rows: Sequence[Row], layer: int, room: int, memory: Workspace) -> KeptLayer:
         first = rows[0].keys[layer]
         kv_heads = first.shape[0]
         kept = [head_positions(row.kept[layer], kv_heads) for row in rows]
         lengths = [[len(p) for p in heads] for heads in kept]
         slots = max(max(row) for row in lengths)
-        keys = first.new_zeros(len(rows), kv_heads, slots + room, first.shape[-1])
-        values = first.new_zeros(len(rows), kv_heads, slots + room, rows[0].values[layer].shape[-1])
+        keys = memory.take(len(rows), kv_heads, slots + room, first.shape[-1])
+        values = memory.take(len(rows), kv_heads, slots + room, rows[0].values[layer].shape[-1])
         for r, row in enumerate(rows):
             _place(keys[r], row.keys[layer], row.kept[layer], kept[r], slots)
             _place(values[r], row.values[layer], row.kept[layer], kept[r], slots)
@@ -107,17 +133,25 @@ class KeptLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.used + query_length, 0
 
-    def select_rows(self, index: Tensor) -> None:
-        self._keys, self._values = self._keys[index], self._values[index]
-        self.valid = None if self.valid is None else self.valid[index]
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Ascending rows move to the front, in place."""
+        for stored in (self._keys, self._values):
+            for to, row in enumerate(rows):
+                if to != row:
+                    stored[to, :, : self.used].copy_(stored[row, :, : self.used])
+        self._keys, self._values = self._keys[: len(rows)], self._values[: len(rows)]
+        self.valid = None if self.valid is None else self.valid[torch.tensor(rows, device=self.device)]
 
     def nbytes(self) -> int:
         return self._keys.nbytes + self._values.nbytes
 
 
 def _place(out: Tensor, dense: Tensor, form: Tensor | list[Tensor], heads: list[Tensor], slots: int) -> None:
-    """Copies kept pairs of [H_kv, n, D] to the right end of out[:, :slots]."""
+    """Copies kept pairs of [H_kv, n, D] to the right end of out[:, :slots]; zeroes the slots before them."""
     device = dense.device
+    for head, positions in enumerate(heads):
+        if len(positions) < slots:
+            out[head, : slots - len(positions)].zero_()
     if not isinstance(form, list) and form.dim() == 1:
         if len(form) == dense.shape[1]:
             out[:, slots - len(form) : slots] = dense
@@ -136,23 +170,35 @@ def _valid(lengths: list[list[int]], slots: int, device: torch.device) -> Tensor
     return torch.arange(slots, device=device) >= slots - counts[:, :, None]
 
 
+def _elements(rows: Sequence[Row], room: int) -> int:
+    """Elements of all layers' padded keys and values."""
+    total = 0
+    for layer, (keys, values) in enumerate(zip(rows[0].keys, rows[0].values, strict=True)):
+        heads = keys.shape[0]
+        slots = max(len(p) for row in rows for p in head_positions(row.kept[layer], heads))
+        total += len(rows) * heads * (slots + room) * (keys.shape[-1] + values.shape[-1])
+    return total
+
+
 class CompressedCache(Cache):
     """Rows that were compressed differently, decoded in one batch.
 
     Lengths are physical; positions are given to the model by the caller, so RoPE goes on at the true place.
     """
 
-    def __init__(self, rows: Sequence[Row], room: int) -> None:
-        """room: new tokens per row that will fit."""
-        super().__init__(layers=[KeptLayer.gather(rows, layer, room) for layer in range(len(rows[0].keys))])
+    def __init__(self, rows: Sequence[Row], room: int, memory: Workspace | None = None) -> None:
+        """room: new tokens per row that will fit. memory: reused by one cache after the other."""
+        memory = memory or Workspace()
+        memory.start(_elements(rows, room), rows[0].keys[0])
+        super().__init__(layers=[KeptLayer.gather(rows, layer, room, memory) for layer in range(len(rows[0].keys))])
 
     def valid(self, layer: int) -> Tensor | None:
         return self.layers[layer].valid
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        """Keeps these rows of the batch, in this order."""
+        """Keeps these rows of the batch, given in ascending order."""
         for layer in self.layers:
-            layer.select_rows(torch.tensor(rows, device=layer.device))
+            layer.select_rows(rows)
 
     def nbytes(self) -> int:
         """Bytes really held, padding and room included."""

@@ -62,15 +62,31 @@ class PrefillBatch:
     cells: tuple[Cell, ...]
 
     def decode_batches(self, rows: int) -> Iterator[DecodeBatch]:
-        """Rows in order of falling ratio, so that rows of one batch are about equally long."""
-        order = sorted(self.cells, key=lambda c: (-_expected(c), c.method, c.first_token, c.seed or 0))
-        every = [(i, cell) for cell in order for i in range(self.end - self.start)]
-        for number, at in enumerate(range(0, len(every), rows)):
-            yield DecodeBatch(f"{self.id}-d{number:03d}", tuple(every[at : at + rows]))
+        """Rows in order of falling ratio, so that rows of one batch are about equally long.
+
+        rows: how many rows of a full cache fit a batch; of smaller ones accordingly more, at most MAX_DECODE_ROWS.
+        """
+        order = sorted(self.cells, key=lambda c: (-_share(c), c.method, c.first_token, c.seed or 0))
+        batch: list[tuple[int, Cell]] = []
+        number, used = 0, 0.0
+        for cell in order:
+            for i in range(self.end - self.start):
+                if batch and (used + _share(cell) > rows or len(batch) >= max(rows, MAX_DECODE_ROWS)):
+                    yield DecodeBatch(f"{self.id}-d{number:03d}", tuple(batch))
+                    batch, number, used = [], number + 1, 0.0
+                batch.append((i, cell))
+                used += _share(cell)
+        if batch:
+            yield DecodeBatch(f"{self.id}-d{number:03d}", tuple(batch))
 
 
-def _expected(cell: Cell) -> float:
-    return float(cell.ratio) if cell.ratio is not None else 2.0 if cell.method == "full" else 1.5
+LEAST_SHARE = 0.05
+"""What a row counts at least: new tokens and padding need room at any ratio."""
+
+
+def _share(cell: Cell) -> float:
+    """Share of a full cache that a row of this cell is expected to hold."""
+    return max(LEAST_SHARE, float(cell.ratio)) if cell.ratio is not None else 1.0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 from kvcli.attention.capture import Dense, Needs
 from kvcli.cache.budget import Budget
-from kvcli.cache.kv_cache import CompressedCache, Row
+from kvcli.cache.kv_cache import CompressedCache, Row, Workspace
 from kvcli.engine.generate import Generated, Start, StopRules, end_tokens, generate
 from kvcli.engine.plan import Cell, DecodeBatch, Plan, PrefillBatch, ratio_of
 from kvcli.engine.prefixes import PrefixCache, shared_cuts
@@ -98,6 +98,7 @@ class Runner:
         self.done = self.sink.done_keys()
         self.methods: dict[str, Method] = {}
         self.outcome = Outcome()
+        self.memory = Workspace()
         self.shared: dict[Any, tuple[list[tuple[int, ...]], PrefixCache]] = {}
         self.seen = 0
 
@@ -211,7 +212,7 @@ class Runner:
         starts = [self._start(c, ready[c.sample].first_token) for c in choices]
         rules = [self._rules(prompts, c.cell) for c in choices]
         try:
-            cache = CompressedCache(rows, room=max(r.max_new_tokens for r in rules))
+            cache = CompressedCache(rows, max(r.max_new_tokens for r in rules), self.memory)
             alloc = cache.nbytes() // len(rows)
             outputs = generate(self.model, cache, starts, rules)
         except torch.OutOfMemoryError as e:

@@ -15,7 +15,7 @@ from kvcli.engine.prepare import Prepared, Request, prepare, task_text
 from kvcli.errors import KvcliError
 from kvcli.results.schema import SCHEMA
 
-DEFAULT_MEMORY = {"cpu": 1 << 30, "cuda": 8 << 30}
+DEFAULT_MEMORY = {"cpu": 512 << 20, "cuda": 8 << 30}
 """Bytes for the caches of one decode batch unless --memory says otherwise; fixed, because batches must not depend on
 what happens to be free."""
 
