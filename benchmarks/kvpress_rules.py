@@ -48,16 +48,11 @@ def snap_scores(ctx: Context, layer: int) -> torch.Tensor:
     return ctx.once(("kvpress", layer), make)
 
 
-def last_first(scores: torch.Tensor) -> torch.Tensor:
-    """kvcli always keeps the last prompt token; where kvpress would not, its worst pick gives way."""
-    scores = scores.clone()
-    scores[:, -1] = float("inf")
-    return scores
-
-
 @dataclass(frozen=True)
 class Snap(Method):
     """SnapKVPress."""
+
+    keeps_last = False
 
     def needs(self) -> frozenset[str]:
         return frozenset({f"window:{WINDOW}"})
@@ -71,6 +66,8 @@ class Snap(Method):
 class Observed(Method):
     """ObservedAttentionPress: column means over the queries that can see a key."""
 
+    keeps_last = False
+
     def needs(self) -> frozenset[str]:
         return frozenset({"column_sum"})
 
@@ -82,13 +79,15 @@ class Observed(Method):
         kept = []
         for layer in range(ctx.layers):
             scores = ctx.per_kv_head(ctx.column_sum(layer)) / seen_by
-            kept.append(largest(last_first(scores), k))
+            kept.append(largest(scores, k))
         return Selection(kept)
 
 
 @dataclass(frozen=True)
 class Streaming(Method):
     """StreamingLLMPress."""
+
+    keeps_last = False
 
     def select(self, ctx: Context, budget: Budget) -> Selection:
         import torch
@@ -102,15 +101,18 @@ class Streaming(Method):
 class Knorm(Method):
     """KnormPress: the smallest key norms."""
 
+    keeps_last = False
+
     def select(self, ctx: Context, budget: Budget) -> Selection:
         k = kept_count(ctx.n, budget)
-        return Selection([largest(last_first(-keys.norm(dim=-1)), k) for keys in ctx.keys])
+        return Selection([largest(-keys.norm(dim=-1), k) for keys in ctx.keys])
 
 
 @dataclass(frozen=True)
 class Pyramid(Method):
     """PyramidKVPress: SnapKV's budget wherever the pyramid does not fit."""
 
+    keeps_last = False
     budget_scope = "model"
 
     def needs(self) -> frozenset[str]:
@@ -139,6 +141,7 @@ class Pyramid(Method):
 class Chunk(Method):
     """ChunkKVPress over SnapKV scores."""
 
+    keeps_last = False
     budget_scope = "layer"
 
     def needs(self) -> frozenset[str]:

@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from kvcli.config import SweepConfig, stable_hash
+from kvcli.errors import KvcliError
 from kvcli.evals.loader import task_names
 from kvcli.evals.spec import Task
 from kvcli.grammar import MethodText, parse_methods
@@ -139,6 +140,9 @@ def _method_cells(
     method: Method,
     facts: dict[str, Any],
 ) -> Iterator[Cell]:
+    if first_token == "compressed" and not method.keeps_last:
+        what = f"{text} may evict the last prompt token, which is fed again through the compressed cache"
+        raise KvcliError(what, given=f"--method {text} --first-token {first_token}", fix="--first-token prefill")
     sizes: list[tuple[str | None, int | None]]
     if method.domain.kind == "continuous":
         sizes = [(r, None) for r in config.ratios] + [(None, b) for b in config.budgets]

@@ -23,7 +23,7 @@ def select(method: Method, ctx: Context, budget: Budget) -> Selection:
     """
     with torch.inference_mode():
         selection = method.select(ctx, budget)
-    _check_form(selection.kept, ctx)
+    _check_form(selection.kept, ctx, method.keeps_last)
     counts = kept_counts(selection.kept, ctx.kv_heads)
     if method.domain.kind == "continuous" and "over_budget" not in selection.flags:
         _check_budget(counts, budget, method.budget_scope)
@@ -35,7 +35,7 @@ def select(method: Method, ctx: Context, budget: Budget) -> Selection:
     return selection
 
 
-def _check_form(kept: Kept, ctx: Context) -> None:
+def _check_form(kept: Kept, ctx: Context, keeps_last: bool) -> None:
     if len(kept) != ctx.layers:
         raise BadSelection(f"{len(kept)} layers selected, the model has {ctx.layers}")
     for number, layer in enumerate(kept):
@@ -43,16 +43,18 @@ def _check_form(kept: Kept, ctx: Context) -> None:
         if len(heads) not in (1, ctx.kv_heads):
             raise BadSelection(f"layer {number}: {len(heads)} heads selected, the model has {ctx.kv_heads}")
         for positions in heads:
-            _check_positions(positions, number, ctx.n)
+            _check_positions(positions, number, ctx.n, keeps_last)
 
 
-def _check_positions(positions: Tensor, layer: int, n: int) -> None:
+def _check_positions(positions: Tensor, layer: int, n: int, keeps_last: bool) -> None:
     if positions.dtype != torch.long or not len(positions):
         raise BadSelection(f"layer {layer}: positions must be a non-empty int64 tensor")
     if not bool((positions[1:] > positions[:-1]).all()):
         raise BadSelection(f"layer {layer}: positions are not sorted or repeat")
-    if int(positions[0]) < 0 or int(positions[-1]) != n - 1:
-        raise BadSelection(f"layer {layer}: positions must lie in 0..{n - 1} and include the last prompt token")
+    if int(positions[0]) < 0 or int(positions[-1]) >= n:
+        raise BadSelection(f"layer {layer}: positions must lie in 0..{n - 1}")
+    if keeps_last and int(positions[-1]) != n - 1:
+        raise BadSelection(f"layer {layer}: the last prompt token {n - 1} must stay")
 
 
 def _check_budget(counts: list[list[int]], budget: Budget, scope: str) -> None:

@@ -72,6 +72,8 @@ class Method(ABC):
     domain: ClassVar[Domain] = Domain()
     sharing: ClassVar[int] = 1
     protects: ClassVar[str] = "the last token"
+    keeps_last: ClassVar[bool] = True
+    """False: it may evict the last prompt token; then only `--first-token prefill` can be measured."""
     seeded: ClassVar[bool] = False
     """True when the selection is random: the cells of other seeds differ."""
 
