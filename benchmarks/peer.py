@@ -12,7 +12,12 @@ import time
 
 import torch
 from kvpress import (
-    ChunkKVPress, KnormPress, ObservedAttentionPress, PyramidKVPress, SnapKVPress, StreamingLLMPress,
+    ChunkKVPress,
+    KnormPress,
+    ObservedAttentionPress,
+    PyramidKVPress,
+    SnapKVPress,
+    StreamingLLMPress,
 )  # fmt: skip
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 

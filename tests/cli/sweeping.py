@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -26,6 +27,11 @@ class Done:
     code: int
     out: str
     err: str
+
+
+def typed(text: str) -> tuple[str, ...]:
+    """Words of a command line as a user types it."""
+    return tuple(shlex.split(text))
 
 
 def call(*args: object) -> Done:
@@ -65,6 +71,13 @@ class Started:
             assert time.monotonic() < end, f"no {count} records after {seconds} s: {self._text(self._err)}"
             time.sleep(0.005)
 
+    def wait_for_text(self, text: str, seconds: float = 60) -> None:
+        """Returns once `text` stands on its stderr."""
+        end = time.monotonic() + seconds
+        while text not in self._text(self._err):
+            assert self.process.poll() is None and time.monotonic() < end, self._text(self._err)
+            time.sleep(0.005)
+
     def end(self, seconds: float = 60) -> Done:
         code = self.process.wait(timeout=seconds)
         return Done(code, self._text(self._out), self._text(self._err))
@@ -94,8 +107,8 @@ def comparable(folder: Path, *without: str) -> list[str]:
     """The records as sorted texts without `seconds` (and the fields `without`): equal texts, equal bytes."""
     texts = []
     for line in (folder / "samples.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        texts.append(json.dumps({k: v for k, v in record.items() if k not in ("seconds", *without)}, ensure_ascii=False))
+        record = {k: v for k, v in json.loads(line).items() if k not in ("seconds", *without)}
+        texts.append(json.dumps(record, ensure_ascii=False))
     assert len(texts) == len({(r["cell_id"], r["sample_id"]) for r in records(folder)}), "a record is there twice"
     return sorted(texts)
 

@@ -15,7 +15,7 @@ from kvcli.models import loader
 from kvcli.results import store
 from kvcli.results.schema import check_record
 from tests.cli import sweeping
-from tests.cli.sweeping import TINY, Done, comparable, contents, model_folder, prompts, records
+from tests.cli.sweeping import TINY, Done, comparable, contents, model_folder, prompts, records, typed
 
 BASE = ("--model", "testbed", "--method", "shotkv", "--ratio", "0.1", "--task", "tb_recall,tb_safety", "--limit", "6")
 """2 tasks x (full + shotkv) x 6 samples = 24 records."""
@@ -55,13 +55,13 @@ def axis(done: Done, name: str) -> set:
     return {cell[name] for cell in cells_of(done)}
 
 
-# --- what is printed ---------------------------------------------------------------------------------------------------
+# --- what is printed --------------------------------------------------------------------------------------------------
 
 
 def test_the_first_command_of_the_readme(kvcli, kvcli_process, tmp_path, monkeypatch):
     """As a process of its own, without --out; typed again it finds everything done."""
     monkeypatch.chdir(tmp_path)
-    command = ("sweep", "--model", "testbed", "--method", "shotkv", "--ratio", "0.1", "--task", "tb_recall", "--limit", "4")
+    command = typed("sweep --model testbed --method shotkv --ratio 0.1 --task tb_recall --limit 4")
     done: Done = kvcli_process(*command)
     assert done.code == 0, done.err
     err = done.err.splitlines()
@@ -119,7 +119,7 @@ def test_progress_and_notes_leave_stdout_alone(base, tmp_path):
         assert part in done.err
 
 
-# --- the folder --------------------------------------------------------------------------------------------------------
+# --- the folder -------------------------------------------------------------------------------------------------------
 
 
 def test_the_default_folder_is_the_models_not_the_grids(kvcli, tmp_path, monkeypatch):
@@ -164,7 +164,7 @@ def test_a_dry_run_leaves_a_folder_as_it_is(kvcli, folder):
     assert contents(folder) == before
 
 
-# --- the grid ----------------------------------------------------------------------------------------------------------
+# --- the grid ---------------------------------------------------------------------------------------------------------
 
 
 def test_full_is_added_once(kvcli):
@@ -209,6 +209,28 @@ def test_a_budget_is_kv_pairs_per_head(kvcli, tmp_path):
     assert {(r["budget"], r["ratio"], r["kept"]) for r in rows} == {(40, None, 40.0), (64, None, 64.0)}
 
 
+@pytest.mark.xfail(strict=True, reason="plan.decode_batches: rows of chunkkv stand before those of full")
+@pytest.mark.parametrize("size", ["--budget 40", "--ratio 1,0.3", "--ratio 1,0.3 --decode-batch 1"])
+def test_every_output_is_compared_with_full(kvcli, tmp_path, size: str):
+    out = tmp_path / "run"
+    grid = typed(f"--method chunkkv,snapkv --task tb_recall --limit 2 {size}")
+    assert kvcli("sweep", *grid, "--out", out).code == 0
+    full = {r["sample_id"]: r["output_ids"] for r in records(out) if r["method"] == "full"}
+    for record in records(out):
+        assert record["fidelity"]["identical"] is (record["output_ids"] == full[record["sample_id"]]), record["method"]
+
+
+def test_every_output_of_a_usual_grid_is_compared_with_full(rich):
+    full = {(r["task"], r["sample_id"]): r["output_ids"] for r in records(rich) if r["method"] == "full"}
+    for record in records(rich):
+        mine, theirs = record["output_ids"], full[record["task"], record["sample_id"]]
+        fidelity = record["fidelity"]
+        assert fidelity["identical"] is (mine == theirs)
+        if mine != theirs:
+            same = fidelity["first_divergence"]
+            assert mine[:same] == theirs[:same] and mine[same : same + 1] != theirs[same : same + 1]
+
+
 def test_the_canonical_method_is_recorded(kvcli, tmp_path):
     out = tmp_path / "run"
     grid = ("--method", "snapkv:window=16,kernel=7,h2o", "--ratio", "0.20", "--task", "tb-recall", "--limit", "1")
@@ -233,7 +255,7 @@ def test_run_is_one_cell_and_full(kvcli, tmp_path):
     assert len(records(out)) == 6, "a sweep into the folder of a run adds to it"
 
 
-# --- growing -----------------------------------------------------------------------------------------------------------
+# --- growing ----------------------------------------------------------------------------------------------------------
 
 GROWTH = {
     "methods": (("--method", "h2o"), 12),
@@ -279,13 +301,13 @@ def test_a_grown_grid_has_the_records_of_one_sweep(grown_and_at_once):
     assert grown == at_once
 
 
-@pytest.mark.xfail(strict=True, reason="plan._batches: new cells of old samples decode before `full` of the new samples")
+@pytest.mark.xfail(strict=True, reason="plan._batches: new cells decode before `full` of the new samples")
 def test_a_grown_grid_is_compared_with_full_throughout(grown_and_at_once):
     grown, at_once = (comparable(folder, *ENGINE) for folder in grown_and_at_once)
     assert grown == at_once
 
 
-# --- where settings come from ------------------------------------------------------------------------------------------
+# --- where settings come from -----------------------------------------------------------------------------------------
 
 
 def test_the_command_line_beats_the_file_beats_the_preset_beats_the_environment(kvcli, tmp_path, monkeypatch):
@@ -307,6 +329,26 @@ def test_the_command_line_beats_the_file_beats_the_preset_beats_the_environment(
     assert facts("--preset", "demo", "-c", file, *typed) == (2, {"shotkv"}, {"0.1"})
 
 
+@pytest.mark.xfail(strict=True, reason="options._environment splits at every comma, not by the grammar of --method")
+def test_a_variable_with_a_methods_settings(kvcli, monkeypatch):
+    monkeypatch.setenv("KVCLI_METHODS", "snapkv:window=8,kernel=5,h2o")
+    done = kvcli("sweep", "--task", "tb_recall", "--limit", "1", "--dry-run", "--json")
+    assert axis(done, "method") == {"full", "h2o", "snapkv:kernel=5,window=8"}
+
+
+@pytest.mark.xfail(strict=True, reason="options.layered joins --budget with the ratios of the layers below")
+def test_a_budget_typed_beats_the_ratios_of_a_preset(kvcli):
+    done = kvcli("sweep", "--preset", "demo", "--budget", "40", "--task", "tb_recall", "--dry-run", "--json")
+    assert axis(done, "budget") == {None, 40} and axis(done, "ratio") == {None, "1"}
+
+
+@pytest.mark.xfail(strict=True, reason="run's default --method full counts as typed")
+def test_run_reads_the_method_from_a_file(kvcli, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("methods: [h2o]\nratios: [0.2]\nlimit: 1\n")
+    assert axis(kvcli("run", "-c", file, "--task", "tb_recall", "--dry-run", "--json"), "method") == {"full", "h2o"}
+
+
 def test_the_folder_tells_what_was_asked_for(folder):
     run = json.loads((folder / "run.json").read_text())
     assert run["config"]["methods"] == ["shotkv"] and run["config"]["limit"] == 6
@@ -315,9 +357,9 @@ def test_the_folder_tells_what_was_asked_for(folder):
     assert run["provenance"]
 
 
-# --- records -----------------------------------------------------------------------------------------------------------
+# --- records ----------------------------------------------------------------------------------------------------------
 
-RICH = ("--method", "snapkv,shotkv,streaming_llm,random", "--ratio", "0.1,0.3", "--task", "tb_recall,tb_safety", "--limit", "6")
+RICH = typed("--method snapkv,shotkv,streaming_llm,random --ratio 0.1,0.3 --task tb_recall,tb_safety --limit 6")
 
 
 @pytest.fixture(scope="module")
@@ -340,16 +382,17 @@ def test_every_record_is_whole(rich):
         assert all(0 <= share <= 1 for share in record["kept_by_region"].values())
         assert len(record["output_ids"]) == record["n_new"] > 0
         assert record["seconds"]["shared"] is True
-    full = [r for r in rows if r["method"] == "full"]
-    assert {(r["measured_ratio"], r["fidelity"]["identical"], r["kept"] == r["n_prompt"]) for r in full} == {(1.0, True, True)}
+        if record["method"] == "full":
+            assert (record["measured_ratio"], record["kept"]) == (1.0, record["n_prompt"])
+            assert record["fidelity"]["identical"] is True
 
 
 def test_the_samples_are_the_same_for_every_cell(rich):
-    by_cell: dict[str, set[str]] = {}
-    for record in records(rich):
-        by_cell.setdefault(record["cell_id"], set()).add(f"{record['task']}/{record['sample_id']}/{record['prompt_sha']}")
+    by_cell: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    for r in records(rich):
+        by_cell.setdefault((r["task"], r["cell_id"]), set()).add((r["sample_id"], r["prompt_sha"]))
     for task in ("tb_recall", "tb_safety"):
-        assert len({frozenset(s) for s in by_cell.values() if next(iter(s)).startswith(task)}) == 1
+        assert len({frozenset(samples) for (name, _), samples in by_cell.items() if name == task}) == 1
 
 
 def test_kept_maps_are_what_the_records_say(rich):
@@ -382,7 +425,7 @@ def test_no_more_is_kept_than_asked_for(rich):
             assert record["alloc_bytes"] > 0
 
 
-# --- methods of users --------------------------------------------------------------------------------------------------
+# --- methods of users -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
