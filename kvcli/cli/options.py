@@ -37,7 +37,15 @@ Dtype = Annotated[
     str | None, _option("--dtype", help="auto, float16, bfloat16, float32 or float64.", panel=_MODEL, metavar="DTYPE")
 ]
 Device = Annotated[str | None, _option("--device", help="auto, cpu, cuda or cuda:N.", panel=_MODEL, metavar="DEVICE")]
-Threads = Annotated[int | None, _option("--threads", help="CPU threads.", panel=_RUNNING, metavar="N")]
+Threads = Annotated[
+    int | None,
+    _option(
+        "--threads",
+        help="CPU threads [default: one for small models, else torch's choice].",
+        panel=_RUNNING,
+        metavar="N",
+    ),
+]
 Attn = Annotated[
     str | None, _option("--attn", help="auto, flash, sdpa, blockwise or reference.", panel=_MODEL, metavar="BACKEND")
 ]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvcli.config import GRID, HOUSEKEEPING, SweepConfig
-from kvcli.engine.estimate import Estimate, decode_rows, estimate
+from kvcli.engine.estimate import Estimate, Sizes, decode_rows, estimate
 from kvcli.engine.plan import MAX_DECODE_ROWS, Cell, Generation, Plan, make_cells
 from kvcli.engine.prepare import Prepared, Request, prepare, task_text
 from kvcli.errors import KvcliError
 from kvcli.results.schema import SCHEMA
+
+SMALL = 20_000_000
+"""Models below this many parameters run on one thread: their products are too small to share, and threads that wait
+for each other beside another process cost many times what they save."""
 
 DEFAULT_MEMORY = {"cpu": 512 << 20, "cuda": 8 << 30}
 """Bytes for the caches of one decode batch unless --memory says otherwise; fixed, because batches must not depend on
@@ -182,6 +187,8 @@ def execute(
     prepared, config = session.prepared, session.prepared.request.config
     if config.threads:
         torch.set_num_threads(config.threads)
+    elif "OMP_NUM_THREADS" not in os.environ and Sizes.of(prepared.model_config).parameters < SMALL:
+        torch.set_num_threads(1)
     with RunStore(session.folder) as store:
         for note in store.notes:
             warn(note)
