@@ -117,6 +117,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+_NAMES = {"str": "a text", "int": "a whole number", "float": "a number", "bool": "true or false"}
+
+
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
@@ -134,5 +137,7 @@ def _typed(key: str, annotation: str, value: Any, given: str) -> Any:
     if kind == "str" and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, types[kind]) or (kind != "bool" and isinstance(value, bool)):
-        raise KvcliError(f"'{key}' must be {kind}", given=f"{given}: {key}: {value!r}", fix=f"write a {kind}")
+        raise KvcliError(
+            f"'{key}' must be {_NAMES[kind]}", given=f"{given}: {key}: {value!r}", fix=f"write {_NAMES[kind]}"
+        )
     return float(value) if kind == "float" else value

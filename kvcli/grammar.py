@@ -89,6 +89,8 @@ def _part(text: str, given: str) -> Part:
             break
     else:
         hint = "a file method needs its class, as in ./mine.py:MyMethod" if ".py" in text else "kvcli list methods"
+        if ".py:" in text:
+            hint = f"./{text}"
         raise KvcliError(f"'{text}' is not a method", given=given, fix=hint)
     source, rest = match["source"], match["rest"]
     if pattern is _NAME:

@@ -43,7 +43,7 @@ class Exam(Task):
         seed = f"testbed-exam:{self.family}:{self.prompt_tokens}:{shots}:{shot_seed}:{index}"
         try:
             episode = language.exam_episode(random.Random(seed), self.family, self.prompt_tokens, shots)
-        except ValueError as e:
+        except (ValueError, IndexError) as e:
             fix = f"--shots {self.shots}, or a copy of {self.source} with its own name and another prompt_tokens"
             raise KvcliError(f"{self.name}: {e}", given=f"--shots {shots}", fix=fix) from e
         return Sample(str(index), segments(episode), " ".join(episode.shots[-1].answer))

@@ -5,7 +5,7 @@ First-token modes, query modes and numbers of shots are never mixed: each combin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -123,21 +123,28 @@ _Groups = dict[_Key, dict[tuple[str, "Column"], list[int]]]
 """Per table: (row, column) -> cells, several where they differ only by seed."""
 
 
-def summarise(run: Run) -> list[TaskTable]:
+def summarise(run: Run, only: Collection[str] | None = None) -> list[TaskTable]:
     """One table per task, first-token mode, query mode and number of shots.
 
-    Tasks and methods stand in the order of run.json, those it does not name in the order of the records.
+    only: ids of the cells to show (None: all); `full` is shown beside them. Tasks and methods stand in the order of
+    run.json, those it does not name in the order of the records.
     """
     rows_of = _rows_of_cells(run)
     groups: _Groups = {}
+    shown = None if only is None else {_key(cell) for cell in run.cells if cell.cell_id in only}
     for code, cell in enumerate(run.cells):
-        if len(rows_of[code]):
-            key = (cell.task, cell.first_token, cell.query, cell.shots)
+        key = _key(cell)
+        asked = only is None or cell.cell_id in only or cell.method == FULL
+        if len(rows_of[code]) and asked and (shown is None or key in shown):
             groups.setdefault(key, {}).setdefault((row_name(cell), column_of(cell)), []).append(code)
     tasks = _order(list(run.meta.get("tasks") or ()), (key[0] for key in groups))
     modes = {"compressed": 0, "prefill": 1}
     keys = sorted(groups, key=lambda k: (tasks[k[0]], k[2] != "aware", k[3] or 0, modes.get(k[1], 2)))
     return [_table(run, rows_of, key, groups) for key in keys]
+
+
+def _key(cell: Cell) -> _Key:
+    return cell.task, cell.first_token, cell.query, cell.shots
 
 
 def _order(first: Iterable[str], then: Iterable[str]) -> dict[str, int]:

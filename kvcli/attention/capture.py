@@ -83,6 +83,7 @@ class Prefill:
             self.column_sums.setdefault(name, []).append(value_)
         return out
 
+    @torch.inference_mode()
     def dense(self, row: int, keys: list[Tensor], values: list[Tensor]) -> Dense:
         """One row with its prefix merged in, exactly: keys and values joined, column sums added, windows reaching back.
 

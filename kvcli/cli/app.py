@@ -34,6 +34,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Command name -> (module, first line of its help), in the order of the help."""
 
+TYPED: list[str] = []
+"""The arguments of this process's command line, for run.json and for hints."""
+
 _HELP = """Measure what KV cache compression does to language models.
 
 Examples:
@@ -92,7 +95,13 @@ def _load(name: str) -> Any:
 def _reflowed(text: str) -> str:
     """Paragraphs as one line each, so that help wraps at the terminal's width; those marked \\b stay as they are."""
     paragraphs = text.split("\n\n")
-    return "\n\n".join(p if p.startswith("\b") else p.replace("\n", " ") for p in paragraphs)
+    return "\n\n".join(map(_paragraph, paragraphs))
+
+
+def _paragraph(text: str) -> str:
+    if text.startswith("\b"):
+        return text
+    return f"\b\n{text}" if text.startswith("Examples:") else text.replace("\n", " ")
 
 
 def _version(asked: bool) -> None:
@@ -188,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from kvcli.cli import output
 
     args = list(sys.argv[1:] if argv is None else argv)
+    TYPED[:] = args
     output.set_up()
     try:
         code = _invoke(args)

@@ -86,7 +86,7 @@ FirstToken = Annotated[
     str | None,
     _option(
         "--first-token",
-        help="compressed, prefill or both: where the first answer token comes from.",
+        help="compressed, prefill, or both as compressed,prefill.",
         panel=_GRID,
         metavar="MODES",
     ),
@@ -139,7 +139,12 @@ PrefillBatch = Annotated[
 ]
 DecodeBatch = Annotated[
     int | None,
-    _option("--decode-batch", help="Rows decoded together [default: from --memory].", panel=_RUNNING, metavar="N"),
+    _option(
+        "--decode-batch",
+        help="Rows of full length decoded together [default: from --memory].",
+        panel=_RUNNING,
+        metavar="N",
+    ),
 ]
 Memory = Annotated[
     str | None,
@@ -196,6 +201,9 @@ def layered(passed: dict[str, Any], preset: str | None, file: Path | None) -> Sw
     sources = [(_environment(), "KVCLI_* variables"), (_preset(preset), f"--preset {preset}")]
     sources += [(read_yaml(file), str(file))] if file is not None else []
     for source, given in [*sources, (passed, "the command line")]:
+        for name, other in (("ratios", "budgets"), ("budgets", "ratios")):
+            if name in source and other not in source:
+                values.pop(other, None)  # the later source replaces the earlier one's way of saying it
         values.update(_checked(source, given))
     return SweepConfig.from_dict(values, "settings")
 
@@ -207,19 +215,27 @@ def _checked(values: dict[str, Any], given: str) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, Any]:
-    """KVCLI_DATA_DIR=..., KVCLI_SEEDS=0,1: text is read as YAML, lists by commas."""
+    """KVCLI_DATA_DIR=..., KVCLI_SEEDS=0,1; an empty variable counts as unset."""
     names = {f"{ENVIRONMENT}{name.upper()}": field for name, field in SweepConfig.__dataclass_fields__.items()}
-    found = {names[key].name: (names[key], value) for key, value in os.environ.items() if key in names}
-    if not found:
-        return {}
-    import yaml
+    found = {names[key].name: (names[key], value) for key, value in os.environ.items() if key in names and value}
+    return {name: _from_text(str(field.type), name, value) for name, (field, value) in found.items()}
 
-    return {
-        name: [yaml.safe_load(piece) for piece in value.split(",")]
-        if "tuple" in str(field.type)
-        else yaml.safe_load(value)
-        for name, (field, value) in found.items()
-    }
+
+def _from_text(annotation: str, name: str, value: str) -> Any:
+    """A variable's text in the type of its setting. Texts of the grammar (methods, ratios, tasks) stay whole."""
+    given, kind = f"{ENVIRONMENT}{name.upper()}={value}", annotation.removesuffix("| None").strip()
+    if kind == "tuple[int, ...]":
+        return integers(f"{ENVIRONMENT}{name.upper()}", value)
+    if kind == "tuple[str, ...]":
+        return [value] if name in ("methods", "ratios") else [piece.strip() for piece in value.split(",")]
+    if kind == "bool":
+        if value.lower() not in ("true", "false"):
+            raise KvcliError(f"'{name}' must be true or false", given=given, fix=f"{ENVIRONMENT}{name.upper()}=true")
+        return value.lower() == "true"
+    try:
+        return {"int": int, "float": float, "str": str}[kind](value)
+    except ValueError:
+        raise KvcliError(f"'{name}' must be a number", given=given, fix=f"{ENVIRONMENT}{name.upper()}=1") from None
 
 
 def _preset(name: str | None) -> dict[str, Any]:

@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 
 from kvcli.cli import options as o
-from kvcli.errors import KvcliError
 
 OneMethod = Annotated[
-    str, typer.Option("--method", "-M", help="One method with settings.", metavar="METHOD", show_default=False)
+    str | None,
+    typer.Option(
+        "--method", "-M", help="One method with settings \\[default: full].", metavar="METHOD", show_default=False
+    ),
 ]
 OneTask = Annotated[str, typer.Option("--task", "-t", help="One task.", metavar="TASK", show_default=False)]
 OneRatio = Annotated[
@@ -19,13 +21,14 @@ OneRatio = Annotated[
 
 
 def command(
-    task: OneTask, method: OneMethod = "full", ratio: OneRatio = None, budget: o.Budgets = None, shots: o.Shots = None,
+    task: OneTask, method: OneMethod = None, ratio: OneRatio = None, budget: o.Budgets = None, shots: o.Shots = None,
     seed: o.Seeds = None, shot_seed: o.ShotSeed = None, first_token: o.FirstToken = None, full: o.NoFull = None,
     strict_window: o.StrictWindow = None, limit: o.Limit = None, model: o.Model = None, tokenizer: o.Tokenizer = None,
     dtype: o.Dtype = None, device: o.Device = None, attn: o.Attn = None, template: o.Template = None,
     trust_remote_code: o.TrustRemoteCode = None, max_new_tokens: o.MaxNewTokens = None,
     max_prompt_tokens: o.MaxPromptTokens = None, ignore_eos: o.IgnoreEos = None, data_dir: o.DataDir = None,
-    out: o.Out = None, keep_maps: o.KeepMaps = None, store_prompts: o.StorePrompts = None, memory: o.Memory = None,
+    out: o.Out = None, keep_maps: o.KeepMaps = None, store_prompts: o.StorePrompts = None,
+    prefill_batch: o.PrefillBatch = None, decode_batch: o.DecodeBatch = None, memory: o.Memory = None,
     threads: o.Threads = None, max_time: o.MaxTime = None, config: o.ConfigFile = None, json: o.Json = False,
     dry_run: o.DryRun = False,
 ) -> None:  # fmt: skip
@@ -41,16 +44,6 @@ def command(
     typed = dict(locals())
     config, json, dry_run = (typed.pop(name) for name in ("config", "json", "dry_run"))
     given = o.collect(typed)
-    from kvcli.cli.running import perform
-    from kvcli.grammar import parse_methods, parse_ratios
+    from kvcli.cli.running import one_cell, perform
 
-    if len(parse_methods([method])) != 1:
-        raise KvcliError("run takes one method", given=f"--method {method}", fix="kvcli sweep for several")
-    if ratio is not None and len(parse_ratios([ratio])) != 1:
-        raise KvcliError("run takes one ratio", given=f"--ratio {ratio}", fix="kvcli sweep for several")
-    if ratio is None and budget is None and method != "full":
-        raise KvcliError(
-            "run needs --ratio or --budget", given=f"--method {method}", fix=f"--method {method} --ratio 0.2"
-        )
-
-    raise typer.Exit(perform(o.layered(given, None, config), given, dry_run=dry_run, json=json))
+    raise typer.Exit(perform(one_cell(o.layered(given, None, config)), given, dry_run=dry_run, json=json))

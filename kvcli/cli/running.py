@@ -2,43 +2,69 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
-import sys
 from typing import Any
 
 from kvcli.cli import output
 from kvcli.config import SweepConfig
-from kvcli.errors import Exit
+from kvcli.errors import Exit, KvcliError
+
+
+def one_cell(config: SweepConfig) -> SweepConfig:
+    """The config of `run`: one method, one ratio or budget, one task. Raises KvcliError for more or fewer."""
+    from kvcli.evals.loader import find_tasks
+    from kvcli.grammar import parse_ratios
+    from kvcli.methods.catalog import expand
+
+    methods = [str(m) for m in expand(config.methods or ("full",))]
+    sizes = [str(r) for r in parse_ratios(config.ratios)] + [str(b) for b in config.budgets]
+    tasks = [task.name for task in find_tasks(config.tasks)]
+    for name, found in (("method", methods), ("ratio or budget", sizes), ("task", tasks)):
+        if len(found) > 1:
+            fix = f"kvcli sweep, or one of {', '.join(found[:4])}"
+            raise KvcliError(f"run takes one {name}", given=", ".join(found), fix=fix)
+    if not sizes and methods != ["full"]:
+        fix = f"--method {methods[0]} --ratio 0.2"
+        raise KvcliError("run needs --ratio or --budget", given=f"--method {methods[0]}", fix=fix)
+    return dataclasses.replace(config, methods=tuple(methods))
 
 
 def perform(config: SweepConfig, passed: dict[str, Any], *, dry_run: bool, json: bool) -> int:
     """Returns the exit code. Raises KvcliError for everything the user can mend."""
     from kvcli.engine.prepare import check
-
-    quiet_libraries()
-    request = check(config)
-    _threads(config)
-    output.note(f"results: {request.out}")
-    from kvcli.engine.session import execute, open_session
-
-    session = open_session(request, lambda text: None)
-    _announce(session, json=json and dry_run, dry_run=dry_run)
-    if dry_run:
-        return Exit.DONE
     from kvcli.engine.stop import StopRequest
 
-    with StopRequest(config.max_time) as stop, output.progress("sweep") as bar:
-        outcome = execute(
-            session,
-            argv=["kvcli", *sys.argv[1:]],
-            passed=passed,
-            say=output.note,
-            warn=output.warn,
-            progress=lambda done, total, label: bar.update(done, total, task=label),
-            stop=stop.asked,
-        )
+    with StopRequest(config.max_time) as stop:
+        quiet_libraries()
+        request = check(config)
+        _threads(config)
+        output.note(f"results: {request.out}")
+        from kvcli.engine.session import execute, open_session
+
+        session = open_session(request, lambda text: None)
+        _announce(session, json=json and dry_run, dry_run=dry_run)
+        if dry_run:
+            return Exit.DONE
+        with output.progress("sweep") as bar:
+            outcome = execute(
+                session,
+                argv=typed(),
+                passed=passed,
+                say=output.note,
+                warn=output.warn,
+                progress=lambda done, total, label: bar.update(done, total, task=label),
+                stop=stop.asked,
+            )
     return _finish(session, outcome, stop.reason, json)
+
+
+def typed() -> list[str]:
+    """The command line this process was started with."""
+    from kvcli.cli import app
+
+    return ["kvcli", *app.TYPED]
 
 
 def quiet_libraries() -> None:
@@ -67,13 +93,16 @@ def _announce(session: Any, *, json: bool, dry_run: bool) -> None:
         )
         return
     shared = facts.separate_prefill_tokens / max(1, facts.prefill_tokens)
-    lines = [
-        f"{facts.cells} cells, {facts.samples} prompts, {facts.records:,} records "
-        f"({facts.record_bytes / 2**20:.1f} MiB)",
-        f"{facts.prefill_tokens:,} tokens to prefill ({shared:.0f} times fewer than cell by cell), "
-        f"up to {facts.decode_tokens:,} to decode, {facts.cache_bytes / 2**20:.0f} MiB of caches",
-        f"about {output.duration(facts.seconds)} in all ({session.prepared.dtype} on {session.prepared.device})",
-    ]
+    cells = f"{facts.cells} cell{'s' * (facts.cells != 1)}, {facts.samples} prompt{'s' * (facts.samples != 1)}"
+    lines = [f"{cells}: nothing left to do"]
+    if facts.records:
+        lines = [
+            f"{cells}, {facts.records:,} records to come ({facts.record_bytes / 2**20:.1f} MiB)",
+            f"{facts.prefill_tokens:,} tokens to prefill"
+            + (f" ({shared:.0f} times fewer than cell by cell)" if shared >= 1.5 else "")
+            + f", up to {facts.decode_tokens:,} to decode, {facts.cache_bytes / 2**20:.0f} MiB of caches",
+            f"about {output.duration(facts.seconds)} ({session.prepared.dtype} on {session.prepared.device})",
+        ]
     if dry_run:
         output.result("\n".join(lines))
     else:
@@ -89,16 +118,19 @@ def _finish(session: Any, outcome: Any, reason: str, json: bool) -> int:
     folder = str(session.folder)
     if outcome.stopped:
         output.warn(f"stopped by {reason}; everything finished is saved")
-        output.next_command(f"{shlex.join(['kvcli', *sys.argv[1:]])}     (goes on where it stopped)")
+        output.next_command(f"{shlex.join(typed())}     (goes on where it stopped)")
         return int(outcome.stopped)
-    summary = summarise(load_run(session.folder))
+    run = load_run(session.folder)
+    wanted = {cell.id for cell in session.wanted}
+    summary = summarise(run, wanted)
     if json:
         output.json_result(tables.as_json(summary))
     else:
         output.result(tables.SummaryView(summary))
-    if outcome.errors:
-        output.warn(
-            f"{outcome.errors} samples failed: kvcli show {folder} has the messages; the same command tries them again"
-        )
+    others = sum(cell.cell_id not in wanted and cell.method != "full" for cell in run.cells)
+    if others:
+        output.note(f"{folder} holds {others} more cells of earlier commands")
+    for message, count in outcome.messages.most_common(5):
+        output.warn(f"{count} sample{'s' * (count != 1)} failed: {message}; the same command tries again")
     output.next_command(f"kvcli report {shlex.quote(folder)}")
     return Exit.FAILED_SAMPLES if outcome.errors else Exit.DONE

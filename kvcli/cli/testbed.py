@@ -34,6 +34,9 @@ def train(
       kvcli testbed train --out my-testbed --resume
       kvcli sweep --model ./my-testbed/model --task testbed --method snapkv --ratio 0.2
     """
+    from kvcli.cli.running import quiet_libraries
+
+    quiet_libraries()
     from kvcli.testbed.train import Progress, Recipe
     from kvcli.testbed.train import train as run
 

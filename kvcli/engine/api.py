@@ -22,6 +22,6 @@ def sweep(config: SweepConfig) -> Path:
         say=lambda text: None,
         warn=lambda text: None,
         progress=lambda done, total, label: None,
-        stop=lambda: None,
+        stop=lambda progressed: None,
     )
     return session.folder

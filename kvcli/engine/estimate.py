@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from kvcli.engine.plan import Cell, Plan
+from kvcli.engine.plan import Plan
 from kvcli.engine.prepare import PromptSet
 
 RECORD_BYTES = 1500
 """A record without its output; measured on the testbed."""
 TOKEN_BYTES = 12
 """Text and id of one generated token."""
-STEP_OVERHEAD = 2.5e-4
+RECORD_SECONDS = 3e-3
+"""Selection, scoring and writing of one record, an order of magnitude."""
+STEP_OVERHEAD = 4e-4
 """Seconds per layer and forward pass that no batch size avoids (kernel launches and Python), an order of magnitude."""
 
 
@@ -59,33 +60,37 @@ class Estimate:
     seconds: float
 
 
-def estimate(plan: Plan, cells: Iterable[Cell], prompt_sets: dict[tuple[str, int], PromptSet], config: Any,
-             itemsize: int, rows: int, length: int | None) -> Estimate:  # fmt: skip
-    """Upper bounds: every row is taken to generate its task's most tokens. length: --max-new-tokens."""
-    sizes = Sizes.of(config)
-    wanted = {cell.id for cell in cells}
-    records = prefill = separate = decode = steps = passes = longest = 0
+def estimate(
+    plan: Plan, wanted: set[str], prompt_sets: dict[tuple[str, int], PromptSet], sizes: Sizes, itemsize: int, rows: int,
+    length: int | None, done: set[tuple[str, str]],
+) -> Estimate:  # fmt: skip
+    """What is still to do of the wanted cells; done: (cell, sample) pairs that have a record.
+
+    Upper bounds: every row is taken to generate its task's most tokens. length: --max-new-tokens.
+    """
+    records = prefill = separate = decode = steps = passes = caches = 0
     for batch in plan.batches:
-        members = [c for c in batch.cells if c.id in wanted]
-        if not members:
-            continue
         prompts = prompt_sets[batch.task, batch.shots]
-        tokens = sum(len(p.ids) for p in prompts.prompts[batch.start : batch.end])
+        samples, members = range(batch.start, batch.end), [c for c in batch.cells if c.id in wanted]
+        missing = {(c.id, i) for c in members for i in samples if (c.id, prompts.samples[i].id) not in done}
+        if not missing:
+            continue
+        tokens = {i: len(prompts.prompts[i].ids) for i in samples}
         new = length or prompts.task.max_new_tokens
-        count = len(members) * (batch.end - batch.start)
-        records += count
-        prefill += tokens
-        separate += tokens * len(members)
-        decode += count * new
-        steps += new * -(-count // rows)
+        records += len(missing)
+        prefill += sum(tokens.values())
+        separate += sum(tokens[i] for _, i in missing)
+        decode += len(missing) * new
+        decodes = [d for d in batch.decode_batches(rows) if any((c.id, batch.start + i) in missing for i, c in d.rows)]
+        steps += new * len(decodes)
         passes += 1
-        longest = max(longest, *(len(p.ids) for p in prompts.prompts[batch.start : batch.end]))
+        largest = max(sum(max(0.05, float(c.ratio or 1)) for _, c in d.rows) for d in decodes)
+        caches = max(caches, int(largest * (max(tokens.values()) + new) * sizes.kv_elements * itemsize))
     flops = 2 * sizes.parameters * (prefill + decode)
-    seconds = flops / _speed() + (steps + passes) * sizes.layers * STEP_OVERHEAD + records * 1.5e-3
+    seconds = flops / _speed() + (steps + passes) * sizes.layers * STEP_OVERHEAD + records * RECORD_SECONDS
     return Estimate(
         cells=len(wanted), samples=sum(plan.samples.values()), records=records, prefill_tokens=prefill,
-        decode_tokens=decode, separate_prefill_tokens=separate,
-        cache_bytes=rows * longest * sizes.kv_elements * itemsize,
+        decode_tokens=decode, separate_prefill_tokens=separate, cache_bytes=caches,
         record_bytes=records * RECORD_BYTES + decode * TOKEN_BYTES, seconds=seconds,
     )  # fmt: skip
 

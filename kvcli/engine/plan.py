@@ -67,7 +67,7 @@ class PrefillBatch:
 
         rows: how many rows of a full cache fit a batch; of smaller ones accordingly more, at most MAX_DECODE_ROWS.
         """
-        order = sorted(self.cells, key=lambda c: (-_share(c), c.method, c.first_token, c.seed or 0))
+        order = sorted(self.cells, key=lambda c: (c.method != "full", -_share(c), c.method, c.first_token, c.seed or 0))
         batch: list[tuple[int, Cell]] = []
         number, used = 0, 0.0
         for cell in order:
@@ -195,7 +195,8 @@ def _batches(
             first = max(start, covered.get(cell.id, 0))
             if first < end:
                 by_first.setdefault(first, []).append(cell)
-        for first, members in sorted(by_first.items()):
+        order = sorted(by_first.items(), key=lambda item: (all(c.method != "full" for c in item[1]), item[0]))
+        for first, members in order:  # `full` first: the others are compared with its output
             name = f"g{number}-{task}-s{shots}-p{first:05d}"
             yield PrefillBatch(name, task, shots, first, end, count, tuple(members))
 

@@ -72,6 +72,9 @@ def check(config: SweepConfig) -> Request:
     _positive("--max-new-tokens", config.max_new_tokens)
     _positive("--max-prompt-tokens", config.max_prompt_tokens)
     _positive("--threads", config.threads)
+    _positive("--max-time", config.max_time)
+    if config.keep_maps < 0:
+        raise KvcliError("--keep-maps must be at least 0", given=f"--keep-maps {config.keep_maps}", fix="--keep-maps 0")
     _positive("--decode-batch", config.decode_batch)
     _positive("--prefill-batch", config.prefill_batch)
     for name, values in (("--budget", config.budgets), ("--shots", tuple(s + 1 for s in config.shots))):
@@ -89,6 +92,23 @@ def check(config: SweepConfig) -> Request:
         first_token=tuple(dict.fromkeys(config.first_token)),
     )  # fmt: skip
     return Request(config, source, tasks, config.out or f"runs/{source.short}-{folder_hash(config)}")
+
+
+MOST_UNKNOWN = 0.2
+"""Share of unknown tokens above which a prompt says nothing to its model."""
+
+
+def _check_words(task: Task, prompts: Sequence[Prompt], tokenizer: Any) -> None:
+    """Refuses a task whose words the tokenizer does not know."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or not prompts or unknown == tokenizer.eos_token_id:
+        return
+    share = prompts[0].ids.count(unknown) / len(prompts[0].ids)
+    if share > MOST_UNKNOWN:
+        what = f"{share:.0%} of the prompt tokens of {task.name} are unknown to the tokenizer"
+        raise KvcliError(
+            what, given=f"--task {task.name}", fix="a task in the model's language, or another --tokenizer"
+        )
 
 
 def task_text(task: Task) -> str:
@@ -142,5 +162,6 @@ def prepare(request: Request, limit: int | None, say: Callable[[str], None] = la
                 )
                 for sample in samples
             ]  # fmt: skip
+            _check_words(task, prompts, tokenizer)
             prompt_sets[task.name, shots] = PromptSet(task, shots, samples, prompts)
     return Prepared(request, model_config, tokenizer, dtype, device, identity, cells, prompt_sets)

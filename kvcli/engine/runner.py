@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -56,6 +57,8 @@ class Options:
 class Outcome:
     written: int = 0
     errors: int = 0
+    messages: Counter[str] = field(default_factory=Counter)
+    """Failed samples per method and message."""
     stopped: Exit | None = None
 
 
@@ -80,14 +83,17 @@ class Choice:
 
 @dataclass
 class Runner:
-    """One pass over a plan. `stop()` is asked between decode batches; `progress(done, total, task)` after each."""
+    """One pass over a plan.
+
+    `stop(progressed)` is asked before each prefill and decode batch; `progress(done, total, task)` is told after them.
+    """
 
     model: Model
     plan: Plan
     prompt_sets: dict[tuple[str, int], PromptSet]
     sink: Sink
     options: Options
-    stop: Any = lambda: None
+    stop: Callable[[bool], Exit | None] = lambda progressed: None
     progress: Any = lambda done, total, label: None
     wanted: set[str] | None = None
     """Cells this command asked for (None: all). A batch runs when one of their rows is missing, and then as a whole."""
@@ -132,14 +138,14 @@ class Runner:
         self._tick(sum(len(d.rows) for d in decodes if d not in todo), batch.task)
         if not todo:
             return
-        self.outcome.stopped = self.stop()
+        self.outcome.stopped = self.stop(self.outcome.written > 0)
         if self.outcome.stopped is not None:
             return
         started = time.perf_counter()
         ready = self._prefill(prompts, batch)
         prefill_seconds = (time.perf_counter() - started) / len(ready)
         for decode in todo:
-            self.outcome.stopped = self.stop()
+            self.outcome.stopped = self.stop(self.outcome.written > 0)
             if self.outcome.stopped is not None:
                 return
             self._decode_batch(prompts, batch, decode, ready, prefill_seconds)
@@ -297,6 +303,7 @@ class Runner:
             self.done.add(key)
         else:
             self.outcome.errors += 1
+            self.outcome.messages[f"{record['method']}: {record['error']}"] += 1
 
 
 def question_start(regions: Sequence[Any]) -> int:

@@ -21,7 +21,7 @@ def select(method: Method, ctx: Context, budget: Budget) -> Selection:
     Raises BadSelection when positions are unsorted, repeated or outside the prompt, when the last one is missing, or
     when the total exceeds the budget at the method's scope without the flag `over_budget`.
     """
-    with torch.inference_mode():
+    with torch.no_grad():  # ctx holds inference tensors: outside inference mode, writing into them is an error
         selection = method.select(ctx, budget)
     _check_form(selection.kept, ctx, method.keeps_last)
     counts = kept_counts(selection.kept, ctx.kv_heads)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvcli.config import GRID, HOUSEKEEPING, SweepConfig
 from kvcli.engine.estimate import Estimate, Sizes, decode_rows, estimate
@@ -15,6 +16,9 @@ from kvcli.engine.plan import MAX_DECODE_ROWS, Cell, Generation, Plan, make_cell
 from kvcli.engine.prepare import Prepared, Request, prepare, task_text
 from kvcli.errors import KvcliError
 from kvcli.results.schema import SCHEMA
+
+if TYPE_CHECKING:
+    from kvcli.results.store import RunStore
 
 SMALL = 20_000_000
 """Models below this many parameters run on one thread: their products are too small to share, and threads that wait
@@ -35,21 +39,19 @@ class Session:
     run: dict[str, Any]
     decode_rows: int
     folder: Path
+    done: set[tuple[str, str]]
+    """(cell, sample) pairs that already have a record."""
 
     def estimate(self) -> Estimate:
         import torch
 
         item = getattr(torch, self.prepared.dtype).itemsize
         length = self.prepared.request.config.max_new_tokens
+        config = self.prepared.model_config
         return estimate(
-            self.plan,
-            self.wanted,
-            self.prepared.prompt_sets,
-            self.prepared.model_config,
-            item,
-            self.decode_rows,
-            length,
-        )
+            self.plan, {c.id for c in self.wanted}, self.prepared.prompt_sets, Sizes.of(config), item, self.decode_rows,
+            length, self.done,
+        )  # fmt: skip
 
 
 def open_session(request: Request, say: Callable[[str], None]) -> Session:
@@ -69,6 +71,7 @@ def open_session(request: Request, say: Callable[[str], None]) -> Session:
     if "identity" in old:
         ensure_same(old["identity"], identity, folder)
     _same_data(old, prepared, folder)
+    done = _same_samples(prepared, folder)
     wanted = prepared.cells
     grid = {name: value for name, value in request.config.to_dict().items() if name in GRID}
     if not any(_covers(g, wanted, request.config.limit) for g in generations):
@@ -78,7 +81,7 @@ def open_session(request: Request, say: Callable[[str], None]) -> Session:
     rows = old.get("batching", {}).get("decode_rows") or _rows(prepared)
     run = {**old, "identity": identity, "generations": generations,
            "batching": {"decode_rows": rows, "prefill_rows": request.config.prefill_batch}}  # fmt: skip
-    return Session(prepared, plan, wanted, run, rows, folder)
+    return Session(prepared, plan, wanted, run, rows, folder, done)
 
 
 def full_identity(prepared: Prepared) -> dict[str, Any]:
@@ -123,6 +126,30 @@ def _same_data(old: dict[str, Any], prepared: Prepared, folder: Path) -> None:
             what = f"{folder} holds results of other data for {task}"
             given = f"first prompt {prompts.prompts[0].sha[:12]}; {folder} has {seen[:12]}"
             raise KvcliError(what, given=given, fix="--out with another folder, or the data it was made with")
+
+
+def _same_samples(prepared: Prepared, folder: Path) -> set[tuple[str, str]]:
+    """Every sample with a record must still be there with the same prompt: rows may have changed behind the first.
+
+    Returns the (cell, sample) pairs that are done.
+    """
+    from kvcli.results.store import read_records
+
+    now = {
+        (task, shots, sample.id): prompt.sha
+        for (task, shots), prompts in prepared.prompt_sets.items()
+        for sample, prompt in zip(prompts.samples, prompts.prompts, strict=True)
+    }
+    done = set()
+    for record in read_records(folder, ("task", "shots", "prompt_sha", "status")):
+        if record["status"] == "ok":
+            done.add((record["cell_id"], record["sample_id"]))
+        task, shots, sample, seen = (record[name] for name in ("task", "shots", "sample_id", "prompt_sha"))
+        if seen and (task, shots) in prepared.prompt_sets and now.get((task, shots, sample)) != seen:
+            what = f"{folder} holds results of other data for {task}"
+            given = f"sample {sample} is {'another' if (task, shots, sample) in now else 'no longer among the first'}"
+            raise KvcliError(what, given=given, fix="--out with another folder, or the data it was made with")
+    return done
 
 
 def _rows(prepared: Prepared) -> int:
@@ -173,7 +200,7 @@ def execute(
     say: Callable[[str], None],
     warn: Callable[[str], None],
     progress: Callable[[int, int, str], None],
-    stop: Callable[[], Any],
+    stop: Callable[[bool], Any],
 ) -> Any:
     """Runs what is missing of the wanted cells and returns the runner's Outcome."""
     import torch
@@ -182,16 +209,30 @@ def execute(
     from kvcli.models import loader
     from kvcli.models.wrapper import Model
     from kvcli.results import provenance
-    from kvcli.results.store import RunStore, read_records
+    from kvcli.results.store import read_records
 
     prepared, config = session.prepared, session.prepared.request.config
     if config.threads:
         torch.set_num_threads(config.threads)
     elif "OMP_NUM_THREADS" not in os.environ and Sizes.of(prepared.model_config).parameters < SMALL:
         torch.set_num_threads(1)
-    with RunStore(session.folder) as store:
+    with _opened(session.folder) as store:
         for note in store.notes:
             warn(note)
+        wanted = {c.id for c in session.wanted}
+        options = Options(
+            session.decode_rows, config.keep_maps, config.store_prompts, config.max_new_tokens, config.ignore_eos,
+            config.strict_window,
+        )  # fmt: skip
+        runner = Runner(None, session.plan, prepared.prompt_sets, store, options, stop, progress, wanted=wanted)  # type: ignore[arg-type]
+        if runner.anything_missing():
+            runner.full_outputs = _full_outputs(read_records(session.folder), session.plan)
+            say(f"loading {prepared.request.source.text} ({prepared.dtype}, {prepared.device})")
+            hf = loader.load_weights(
+                prepared.model_config, prepared.request.source, prepared.dtype, prepared.device,
+                trust_remote_code=config.trust_remote_code,
+            )  # fmt: skip
+            runner.model = Model(hf, prepared.tokenizer, name=prepared.request.source.text, attn=config.attn)
         with store.edit_run() as run:
             run.update(session.run)
             run.update(
@@ -199,23 +240,10 @@ def execute(
                 tasks=task_facts(prepared, run.get("tasks", {})), provenance=provenance.collect(),
                 cells={**run.get("cells", {}), **{c.id: c.describe() for c in prepared.cells}},
             )  # fmt: skip
-        wanted = {c.id for c in session.wanted}
-        options = Options(
-            session.decode_rows, config.keep_maps, config.store_prompts, config.max_new_tokens, config.ignore_eos,
-            config.strict_window,
-        )  # fmt: skip
-        runner = Runner(None, session.plan, prepared.prompt_sets, store, options, stop, progress, wanted=wanted)  # type: ignore[arg-type]
         outcome: Outcome = Outcome()
         status = "failed"
         try:
-            if runner.anything_missing():
-                runner.full_outputs = _full_outputs(read_records(session.folder), session.plan)
-                say(f"loading {prepared.request.source.text} ({prepared.dtype}, {prepared.device})")
-                hf = loader.load_weights(
-                    prepared.model_config, prepared.request.source, prepared.dtype, prepared.device,
-                    trust_remote_code=config.trust_remote_code,
-                )  # fmt: skip
-                runner.model = Model(hf, prepared.tokenizer, name=prepared.request.source.text, attn=config.attn)
+            if runner.model is not None:
                 with store.edit_run() as run:
                     run["model"] = dataclasses.asdict(runner.model.shapes)
                 outcome = runner.run()
@@ -224,6 +252,23 @@ def execute(
             with store.edit_run() as run:
                 run["status"] = status
     return outcome
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[RunStore]:
+    """The folder opened for writing; one that held nothing is gone again when the model turns out to be unusable."""
+    from kvcli.results.store import RUN, RunStore
+
+    fresh = not folder.exists()
+    try:
+        with RunStore(folder) as store:
+            yield store
+    except KvcliError:
+        if fresh and folder.exists() and not (folder / RUN).exists():
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
+        raise
 
 
 def _full_outputs(records: list[dict[str, Any]], plan: Plan) -> dict[tuple[str, str], list[int]]:

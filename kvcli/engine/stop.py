@@ -48,9 +48,14 @@ class StopRequest:
             raise KeyboardInterrupt
         self._asked = (Exit.INTERRUPTED, "Ctrl-C")
 
-    def asked(self) -> Exit | None:
-        """The exit code to end with, or None: go on."""
-        if self._asked is None and self._deadline is not None and self._clock() >= self._deadline:
+    def asked(self, progressed: bool = True) -> Exit | None:
+        """The exit code to end with, or None: go on.
+
+        progressed: whether this process has finished any piece of work; before that the time limit does not count, so
+        that a limit shorter than the start-up still gets somewhere.
+        """
+        late = self._deadline is not None and self._clock() >= self._deadline
+        if self._asked is None and progressed and late:
             self._asked = (Exit.STOPPED_EARLY, "--max-time")
         return self._asked[0] if self._asked else None
 

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import re
 import sys
-import threading
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvcli import hub
 from kvcli.errors import KvcliError
-
-HUB_SECONDS = 12.0
-"""How long an unreachable hub is waited for; with the imports it stays under 20 s."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +131,11 @@ def load_hub(data: DataSet, split: str) -> list[Row]:
     if data.path is None:
         fix = f"--data-dir DIR with {data.task}/{split}.jsonl in it"
         raise KvcliError(f"task '{data.task}' names no data set on the hub", given=f"--task {data.task}", fix=fix)
-    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
-    reason = _unreachable(data)
+    import datasets  # noqa: F401 - so that `offline` reaches it too
+
+    reason = hub.unreachable("dataset", data.path, data.revision)
     try:
-        with _offline() if reason else contextlib.nullcontext():
+        with hub.offline() if reason else contextlib.nullcontext():
             loaded = _load_dataset(data, split)
     except Exception as e:
         raise _hub_error(data, split, reason, e) from e
@@ -154,52 +149,6 @@ def _load_dataset(data: DataSet, split: str) -> Any:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     return datasets.load_dataset(data.path, data.name, split=split, revision=data.revision)
-
-
-def _unreachable(data: DataSet) -> str:
-    """Why the hub cannot be reached, empty when it answers (even with a refusal).
-
-    One request without retries, in a thread of its own: `datasets` itself would try again for minutes.
-    """
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-
-    def ask() -> str:
-        try:
-            HfApi().dataset_info(str(data.path), revision=data.revision, timeout=HUB_SECONDS * 0.8)
-        except HfHubHTTPError as e:
-            status = e.response.status_code if e.response is not None else 0
-            return f"it answers with status {status}" if status >= 500 or status == 407 else ""
-        except Exception as e:
-            return str(e).split("\n")[0] or type(e).__name__
-        return ""
-
-    return _within(HUB_SECONDS, ask, f"no answer within {HUB_SECONDS:.0f} s")
-
-
-def _within(seconds: float, ask: Callable[[], str], late: str) -> str:
-    answers: list[str] = []
-    thread = threading.Thread(target=lambda: answers.append(ask()), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answers[0] if answers else late
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """`datasets` and the hub client look at the local cache only."""
-    import datasets
-    import huggingface_hub.constants as hub
-
-    before = datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before
 
 
 def _hub_error(data: DataSet, split: str, reason: str, error: Exception) -> KvcliError:

@@ -42,11 +42,13 @@ def _is_method(value: object) -> bool:
     return inspect.isclass(value) and issubclass(value, Method) and not inspect.isabstract(value)
 
 
-@cache
 def find(source: str) -> type[Method]:
     """The class behind a name, an entry point or PATH.py:CLASS. Raises KvcliError when there is none."""
-    if ".py:" in source:
-        return _from_file(source)
+    return _from_file(source) if ".py:" in source else _by_name(source)
+
+
+@cache
+def _by_name(source: str) -> type[Method]:
     if source in _files():
         module = importlib.import_module(f"kvcli.methods.{source}")
         found = [v for v in vars(module).values() if _is_method(v) and v.name == source]
@@ -59,12 +61,20 @@ def find(source: str) -> type[Method]:
 
 
 def _from_file(source: str) -> type[Method]:
-    path_text, _, class_name = source.rpartition(":")
+    """The class as the file has it now: an edited file is read again."""
+    path_text, _, _ = source.rpartition(":")
     path = Path(path_text).expanduser()
-    given = f"--method {source}"
     if not path.is_file():
-        raise KvcliError(f"no file {path_text}", given=given, fix="check the path; it is read from the current folder")
-    spec = importlib.util.spec_from_file_location(f"kvcli_plugin_{_digest(path)}", path)
+        fix = "check the path; it is read from the current folder"
+        raise KvcliError(f"no file {path_text}", given=f"--method {source}", fix=fix)
+    return _from_version(source, _digest(path))
+
+
+@cache
+def _from_version(source: str, digest: str) -> type[Method]:
+    path_text, _, class_name = source.rpartition(":")
+    path, given = Path(path_text).expanduser(), f"--method {source}"
+    spec = importlib.util.spec_from_file_location(f"kvcli_plugin_{digest}", path)
     if spec is None or spec.loader is None:
         raise KvcliError(f"{path_text} is not a Python file", given=given, fix="PATH.py:CLASS")
     module = ModuleType(spec.name)
@@ -122,6 +132,10 @@ def _group(method: MethodText) -> list[MethodText]:
         fix = f"name the methods one by one, or --method {part.source}"
         raise KvcliError(f"'{part.source}' takes no settings and no '+'", given=f"--method {method}", fix=fix)
     members = [n for n in names() if part.source == "all" or find(n).tier == int(tier)]
+    if not members:
+        tiers = sorted({find(n).tier for n in names()})
+        fix = " or ".join(f"tier{t}" for t in tiers if t) + ", or all"
+        raise KvcliError(f"no method is in '{part.source}'", given=f"--method {method}", fix=fix)
     return [MethodText((Part(n),)) for n in members if n != "full"]
 
 

@@ -71,7 +71,8 @@ class Context:
         `key` must name everything the value depends on apart from the prompt (never the seed or the budget alone).
         """
         if key not in self._made:
-            self._made[key] = make()
+            with torch.inference_mode():
+                self._made[key] = make()
         return self._made[key]
 
     def per_kv_head(self, score: Tensor, reduce: str = "mean") -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvcli import hub
 from kvcli.errors import Exit, KvcliError
 from kvcli.models.source import ModelSource
 
@@ -19,13 +20,15 @@ DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 
 
 @contextmanager
-def _hub(what: str, given: str) -> Iterator[None]:
-    """Turns a hub that cannot be reached, an unknown id and a gated repository into one line, within seconds."""
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "8")
-    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+def _loading(what: str, source: ModelSource, given: str) -> Iterator[None]:
+    """Turns a hub that is away, an unknown id, a gated repository and a broken folder into one line, within seconds.
+
+    A hub that is away is no error where an earlier download is in the local cache.
+    """
+    reason = _hub_is_away(source.place, source.revision) if source.kind == "hub" else ""
     try:
-        yield
+        with hub.offline() if reason else nullcontext():
+            yield
     except KvcliError:
         raise
     except (OSError, ValueError) as e:
@@ -33,8 +36,16 @@ def _hub(what: str, given: str) -> Iterator[None]:
         if "gated" in text.lower():
             fix = "accept the licence on the model's page, then: hf auth login"
             raise KvcliError(f"{what} needs a licence", given=given, fix=fix) from e
-        fix = "check the name and the network; offline: --model ./FOLDER or --model testbed"
+        if reason:
+            fix = "check the network; offline: --model ./FOLDER or --model testbed"
+            raise KvcliError(f"the hub cannot be reached for {what}: {reason}", given=given, fix=fix) from e
+        fix = "check the name" if source.kind == "hub" else "a folder written by save_pretrained, with its weights"
         raise KvcliError(f"{what} cannot be loaded: {_first_line(e)}", given=given, fix=fix) from e
+
+
+@cache
+def _hub_is_away(place: str, revision: str | None) -> str:
+    return hub.unreachable("model", place, revision)
 
 
 def _first_line(error: BaseException) -> str:
@@ -43,7 +54,7 @@ def _first_line(error: BaseException) -> str:
 
 def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The model's config; sizes of a `random:` model are written into it."""
-    with _hub(f"model {source.place}", f"--model {source.text}"):
+    with _loading(f"model {source.place}", source, f"--model {source.text}"):
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(source.place, revision=source.revision, trust_remote_code=trust_remote_code)
@@ -59,7 +70,7 @@ def load_tokenizer(
         raise KvcliError(f"no tokenizer folder {name}", given=given, fix="a folder with tokenizer files")
     if not name and source.kind in ("random", "folder") and not _has_tokenizer(Path(place)):
         raise KvcliError(f"no tokenizer files in {place}", given=given, fix="--tokenizer FOLDER")
-    with _hub(f"tokenizer {place}", given):
+    with _loading(f"tokenizer {place}", tokenizer_source(source, name), given):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(
@@ -67,6 +78,14 @@ def load_tokenizer(
             revision=None if name else source.revision,
             trust_remote_code=trust_remote_code,
         )
+
+
+def tokenizer_source(source: ModelSource, name: str | None) -> ModelSource:
+    """Where the tokenizer comes from: the model's place, a folder or another hub id."""
+    if name is None:
+        return source
+    is_folder = name.startswith((".", "/", "~")) or Path(name).is_dir()
+    return ModelSource(name, "folder" if is_folder else "hub", name)
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -195,7 +214,7 @@ def load_weights(config: Any, source: ModelSource, dtype: str, device: str, *, t
         model = AutoModelForCausalLM.from_config(config)
         torch.random.set_rng_state(state)
         return model.to(device=device, dtype=getattr(torch, dtype)).eval()
-    with _hub(f"model {source.place}", f"--model {source.text}"):
+    with _loading(f"model {source.place}", source, f"--model {source.text}"):
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 source.place, config=config, revision=source.revision, dtype=getattr(torch, dtype),

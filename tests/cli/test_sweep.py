@@ -209,7 +209,6 @@ def test_a_budget_is_kv_pairs_per_head(kvcli, tmp_path):
     assert {(r["budget"], r["ratio"], r["kept"]) for r in rows} == {(40, None, 40.0), (64, None, 64.0)}
 
 
-@pytest.mark.xfail(strict=True, reason="plan.decode_batches: rows of chunkkv stand before those of full")
 @pytest.mark.parametrize("size", ["--budget 40", "--ratio 1,0.3", "--ratio 1,0.3 --decode-batch 1"])
 def test_every_output_is_compared_with_full(kvcli, tmp_path, size: str):
     out = tmp_path / "run"
@@ -301,7 +300,6 @@ def test_a_grown_grid_has_the_records_of_one_sweep(grown_and_at_once):
     assert grown == at_once
 
 
-@pytest.mark.xfail(strict=True, reason="plan._batches: new cells decode before `full` of the new samples")
 def test_a_grown_grid_is_compared_with_full_throughout(grown_and_at_once):
     grown, at_once = (comparable(folder, *ENGINE) for folder in grown_and_at_once)
     assert grown == at_once
@@ -329,20 +327,17 @@ def test_the_command_line_beats_the_file_beats_the_preset_beats_the_environment(
     assert facts("--preset", "demo", "-c", file, *typed) == (2, {"shotkv"}, {"0.1"})
 
 
-@pytest.mark.xfail(strict=True, reason="options._environment splits at every comma, not by the grammar of --method")
 def test_a_variable_with_a_methods_settings(kvcli, monkeypatch):
     monkeypatch.setenv("KVCLI_METHODS", "snapkv:window=8,kernel=5,h2o")
     done = kvcli("sweep", "--task", "tb_recall", "--limit", "1", "--dry-run", "--json")
     assert axis(done, "method") == {"full", "h2o", "snapkv:kernel=5,window=8"}
 
 
-@pytest.mark.xfail(strict=True, reason="options.layered joins --budget with the ratios of the layers below")
 def test_a_budget_typed_beats_the_ratios_of_a_preset(kvcli):
     done = kvcli("sweep", "--preset", "demo", "--budget", "40", "--task", "tb_recall", "--dry-run", "--json")
     assert axis(done, "budget") == {None, 40} and axis(done, "ratio") == {None, "1"}
 
 
-@pytest.mark.xfail(strict=True, reason="run's default --method full counts as typed")
 def test_run_reads_the_method_from_a_file(kvcli, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("methods: [h2o]\nratios: [0.2]\nlimit: 1\n")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from kvcli import hub
 from kvcli.errors import KvcliError
 from kvcli.evals import data
 from kvcli.evals.data import DataSet, first_of, split_file
@@ -213,10 +214,10 @@ def silent_server() -> Iterator[str]:
 
 ASK = """
 import sys
+from kvcli import hub
 from kvcli.errors import KvcliError
-from kvcli.evals import data
 from kvcli.evals.loader import load_task
-data.HUB_SECONDS = float(sys.argv[1])
+hub.SECONDS = float(sys.argv[1])
 try:
     load_task("gsm8k").samples(shots=8, shot_seed=0, limit=1, data_dir=None)
 except KvcliError as e:
@@ -246,7 +247,7 @@ def test_an_unreachable_hub_is_one_message(kind: str, silent_server: str, tmp_pa
 
 @pytest.mark.slow
 def test_a_silent_hub_costs_at_most_20_seconds(silent_server: str, tmp_path: Path) -> None:
-    assert ask_hub(silent_server, tmp_path, data.HUB_SECONDS)[1] < 20
+    assert ask_hub(silent_server, tmp_path, hub.SECONDS)[1] < 20
 
 
 def test_the_cache_is_used_when_the_hub_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +259,7 @@ def test_the_cache_is_used_when_the_hub_is_away(monkeypatch: pytest.MonkeyPatch)
         seen.append(datasets.config.HF_HUB_OFFLINE)
         return [{"question": "q", "answer": "#### 4"}] * (1 if split == "test" else 9)
 
-    monkeypatch.setattr(data, "_unreachable", lambda source: "away")
+    monkeypatch.setattr(hub, "unreachable", lambda *source: "away")
     monkeypatch.setattr(data, "_load_dataset", cached)
     before = datasets.config.HF_HUB_OFFLINE
     (sample,) = load_task("gsm8k").samples(shots=8, shot_seed=0, limit=5, data_dir=None)
