@@ -15,20 +15,20 @@ from torch import Tensor
 
 from kvcli.attention import reference
 
-BACKENDS = ("auto", "flash", "sdpa", "blockwise", "reference")
 _BLOCK_BYTES = 32 << 20
 
 Prefix = tuple[Tensor, Tensor]
 """Keys and values [H_kv, P, D] of tokens that stand before every row of a batch."""
 
 
-def choose(backend: str, device: torch.device, sums: bool) -> str:
-    """The backend behind `auto`: flash-attn where it is installed, else SDPA, blockwise for sums on a CPU."""
+def choose(backend: str, query: Tensor, sums: bool) -> str:
+    """The backend behind `auto`: flash-attn where it is installed and fits, else SDPA, blockwise for sums on a CPU."""
     if backend != "auto":
         return backend
-    if device.type == "cuda" and find_spec("flash_attn") is not None:
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if query.device.type == "cuda" and half and query.shape[-1] <= 256 and find_spec("flash_attn") is not None:
         return "flash"
-    return "blockwise" if sums and device.type == "cpu" else "sdpa"
+    return "blockwise" if sums and query.device.type == "cpu" else "sdpa"
 
 
 def prefill(
@@ -46,11 +46,14 @@ def prefill(
     weights[name] [B, S]: how much each query counts in the sum of that name. Returns output [B, H, S, D] and
     sums[name] [B, H, P + S], float32 at least.
     """
-    backend = choose(backend, query.device, bool(weights))
+    backend = choose(backend, query, bool(weights))
     if backend == "reference":
         return reference.prefill(query, *_joined(key, value, prefix), scaling, weights)
     if backend == "blockwise":
         return _blockwise(query, key, value, scaling, weights, prefix, None)
+    if backend == "sdpa" and query.device.type == "cuda" and not weights and prefix is None:
+        gqa = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=gqa), {}
     fused = _fused(query, key, value, scaling, backend, prefix)
     if fused is None:  # the kernel keeps its logsumexp to itself, or has no mask for a prefix
         return _blockwise(query, key, value, scaling, weights, prefix, None)
@@ -122,15 +125,16 @@ def _blockwise(
     row_lse = None if lse is None else lse.view(batch, kv_heads, group, size)
     sums = {name: query.new_zeros(batch, kv_heads, group, before + size, dtype=exact) for name in weights}
     rows = max(16, min(size, _BLOCK_BYTES // (batch * heads * (before + size) * 4)))
+    exact_key, exact_prefix = key.to(exact), None if prefix is None else prefix[0].to(exact)
     for start in range(0, size, rows):
         end = min(size, start + rows)
         count, seen = end - start, before + end
-        block = grouped[:, :, :, start:end].reshape(batch, kv_heads, group * count, dim)
-        scores = query.new_empty(batch, kv_heads, group * count, seen)
-        if prefix is not None:
-            scores[..., :before] = _with_prefix(block, prefix[0].transpose(-1, -2))
-        scores[..., before:] = block @ key[:, :, :end].transpose(-1, -2)
-        scores = scores.view(batch, kv_heads, group, count, seen).to(exact).mul_(scaling)
+        block = grouped[:, :, :, start:end].reshape(batch, kv_heads, group * count, dim).to(exact)
+        scores = block.new_empty(batch, kv_heads, group * count, seen)  # 16-bit logits would round sums by percents
+        if exact_prefix is not None:
+            scores[..., :before] = _with_prefix(block, exact_prefix.transpose(-1, -2))
+        scores[..., before:] = block @ exact_key[:, :, :end].transpose(-1, -2)
+        scores = scores.view(batch, kv_heads, group, count, seen).mul_(scaling)
         future = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)
         scores[..., before + start :].masked_fill_(future, float("-inf"))
         if row_lse is None:

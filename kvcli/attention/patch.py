@@ -52,6 +52,8 @@ def _attention(
     for name, meaning in UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise UnsupportedAttention(meaning)
+    if getattr(module, "is_causal", True) is False:
+        raise UnsupportedAttention("attention that looks ahead")
     if attention_mask is not None:
         raise UnsupportedAttention("a mask of its own")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from kvcli.cache.budget import Budget
@@ -85,23 +84,24 @@ class UnitIndex:
     sizes: list[int]
 
     @classmethod
-    def of(cls, units: Sequence[Unit], device: torch.device) -> UnitIndex:
+    def of(cls, units: Sequence[Unit]) -> UnitIndex:
         import torch
 
         members = [positions(unit) for unit in units]
         sizes = [len(m) for m in members]
-        flat = torch.tensor([i for m in members for i in m], dtype=torch.long, device=device)
-        owner = torch.repeat_interleave(torch.arange(len(units)), torch.tensor(sizes, dtype=torch.long)).to(device)
+        flat = torch.tensor([i for m in members for i in m], dtype=torch.long)
+        owner = torch.repeat_interleave(torch.arange(len(units)), torch.tensor(sizes, dtype=torch.long))
         return cls(flat, owner, sizes)
 
     def means(self, score: Tensor) -> Tensor:
         """[units]: mean of a per-token score [n] over each unit's tokens, in token order, so that equal units tie."""
+        score = score.cpu()  # a GPU adds in no fixed order
         sums = score.new_zeros(len(self.sizes)).index_add_(0, self.owner, score[self.positions])
         return sums / sums.new_tensor(self.sizes)
 
 
 def unit_index(ctx: Context) -> UnitIndex:
-    return ctx.once("unit_index", lambda: UnitIndex.of(units(ctx), ctx.keys[0].device))
+    return ctx.once("unit_index", lambda: UnitIndex.of(units(ctx)))
 
 
 def _sizes(ctx: Context) -> tuple[list[Unit], set[int], list[int]]:

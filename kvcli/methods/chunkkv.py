@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvcli.methods.base import Method, Selection, setting
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from kvcli.cache.budget import Budget
+    from kvcli.methods._units import UnitIndex
     from kvcli.methods.context import Context
 
 
@@ -39,12 +43,11 @@ class ChunkKV(Method):
         import torch
 
         from kvcli.methods._units import UnitIndex, positions, take
-        from kvcli.methods._window import received
 
         window, _, flags = budget.protect(self.window)
         end = ctx.n - window
         chunks = [[(a, min(a + self.chunk, end))] for a in range(0, end, self.chunk)]
-        index = UnitIndex.of(chunks, ctx.keys[0].device)
+        index = UnitIndex.of(chunks)
         kept: list[torch.Tensor] = []
         for layer in range(ctx.layers):
             if layer % self.reuse:
@@ -52,7 +55,9 @@ class ChunkKV(Method):
                 continue
             taken: list[int] = []
             if chunks:
-                means = index.means(received(ctx, layer, window).sum(0))
+                means = ctx.once(
+                    ("chunkkv", layer, window, self.chunk), partial(self._means, ctx, layer, window, index)
+                )
                 order = torch.sort(means, descending=True, stable=True).indices.tolist()
                 taken = take(order, index.sizes, budget.per_head - window, fit="skip")
             if chunks and not taken and budget.per_head > window:
@@ -60,3 +65,10 @@ class ChunkKV(Method):
             whole = [i for t in sorted(taken) for i in positions(chunks[t])]
             kept.append(torch.tensor([*whole, *range(end, ctx.n)], dtype=torch.long))
         return Selection(kept, flags)
+
+    @staticmethod
+    def _means(ctx: Context, layer: int, window: int, index: UnitIndex) -> Tensor:
+        """[chunks]: mean over a chunk's tokens of the window's attention, summed over all heads."""
+        from kvcli.methods._window import received
+
+        return index.means(received(ctx, layer, window).sum(0))

@@ -53,11 +53,11 @@ class Context:
         return self.column_sums[queries][layer]
 
     def window_attention(self, layer: int, window: int) -> Tensor:
-        """[H, w, n] float32: causal attention of the last w = min(window, n) queries over all keys."""
-        w = min(window, self.n)
-        return self.once(("window", layer, w), lambda: self._window_attention(layer, w))
+        """[H, w, n] float32: causal attention of the last w = min(window, n) queries over all keys.
 
-    def _window_attention(self, layer: int, w: int) -> Tensor:
+        Computed at each call (w rows per head are large): keep what you reduce it to with `once`.
+        """
+        w = min(window, self.n)
         queries = self.window_queries[layer][:, -w:].float()
         keys = self.keys[layer].float().repeat_interleave(self.heads // self.kv_heads, 0)
         scores = queries @ keys.transpose(-1, -2) * self.scaling[layer]

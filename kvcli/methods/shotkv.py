@@ -54,4 +54,4 @@ class ShotKV(Method):
         from kvcli.methods._units import unit_index
 
         key = ("shotkv", layer, self.queries)
-        return ctx.once(key, lambda: unit_index(ctx).means(ctx.column_sum(layer, self.queries).sum(0)).cpu())
+        return ctx.once(key, lambda: unit_index(ctx).means(ctx.column_sum(layer, self.queries).sum(0)))

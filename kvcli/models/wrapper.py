@@ -56,6 +56,24 @@ class Prefilled:
         return self.capture.dense(row, self.keys, self.values)
 
 
+PROBE = (5, 17, 3, 29, 11, 2, 23, 7)
+"""Token ids of the probe: small enough for any vocabulary."""
+
+
+def unsupported(config: Any) -> str:
+    """What of a config kvcli's attention or positions do not reproduce; empty when nothing is known against it."""
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"layers of type {', '.join(sorted(map(str, kinds)))}"
+    if getattr(config, "attention_chunk_size", None):
+        return "chunked attention"
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
+    if kind in ("longrope", "dynamic"):
+        return f"rotations of type '{kind}' depend on the longest text of a batch"
+    return ""
+
+
 class _Decode:
     """Attention state of a decode step: validity of each layer's compressed slots."""
 
@@ -122,21 +140,36 @@ class Model:
         return out.logits
 
     def _probe(self) -> Shapes:
-        """Runs three tokens: every layer must call the patched attention exactly once."""
+        """Runs a short text: every layer must call the patched attention once, and the logits must be the model's own."""
         config = self.hf.config
         family = getattr(config, "model_type", type(self.hf).__name__)
-        refuse = f"models of family '{family}' are not supported"
         fix = "a family of plain causal attention: llama, mistral, qwen2, qwen3, phi3, gpt_neox, gpt2, opt, ..."
+
+        def refused(why: str) -> KvcliError:
+            return KvcliError(
+                f"models of family '{family}' are not supported: {why}", given=f"--model {self.name}", fix=fix
+            )
+
+        problem = unsupported(config)
+        if problem:
+            raise refused(problem)
+        ids = [i % max(2, getattr(config, "vocab_size", 2)) for i in PROBE]
         try:
-            done = self.prefill([[0, 0, 0]], Needs(), [0])
+            done = self.prefill([ids], Needs(), [0])
+            with torch.inference_mode():
+                own = self.hf(torch.tensor([ids], device=self.device), use_cache=False).logits[0, -1].float()
         except UnsupportedAttention as e:
-            raise KvcliError(f"{refuse}: {e}", given=f"--model {self.name}", fix=fix) from e
-        except (ValueError, TypeError, AttributeError) as e:
-            raise KvcliError(f"{refuse}: {type(e).__name__}: {e}", given=f"--model {self.name}", fix=fix) from e
+            raise refused(str(e)) from e
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:  # a family that needs other inputs can fail in any way
+            raise refused(f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}") from e
         layers = getattr(config, "num_hidden_layers", 0)
         if done.capture.calls != layers or len(done.keys) != layers:
-            what = f"{refuse}: {done.capture.calls} of {layers} layers call transformers' attention interface"
-            raise KvcliError(what, given=f"--model {self.name}", fix=fix)
+            raise refused(f"{done.capture.calls} of {layers} layers call transformers' attention interface")
+        room = {torch.float64: 1e-4, torch.float32: 1e-3}.get(self.dtype, 0.06) * (1 + own.abs().max())
+        if not bool((done.logits[0] - own).abs().max() <= room):
+            raise refused("with kvcli's causal attention it does not give its own logits")
         return Shapes(
             layers=layers,
             heads=config.num_attention_heads,
