@@ -182,7 +182,10 @@ def agreement(sink: Sink, work: Workload, peer: Peer, first: int) -> dict[str, A
         for ratio in KEPT:
             record = ours[method, float(ratio)]
             their = peer.ask(run=[first, method, 1 - float(ratio)], new=work.new, kept=True)
-            kept = sink.kept[record["cell_id"], "0"] == their["kept"]
+            own = [
+                layer * 4 if len(layer) == 1 else layer for layer in sink.kept[record["cell_id"], "0"]
+            ]  # heads alike
+            kept = own == their["kept"]
             tokens = record["output_ids"] == their["tokens"]
             same["kept"] += kept
             same["tokens"] += tokens

@@ -81,7 +81,17 @@ class SweepConfig:
 GRID = ("methods", "ratios", "budgets", "tasks", "shots", "seeds", "first_token", "limit", "full")
 """Settings that may grow inside one result folder."""
 
-HOUSEKEEPING = ("out", "threads", "keep_maps", "store_prompts", "decode_batch", "memory", "max_time")
+HOUSEKEEPING = (
+    "out",
+    "threads",
+    "keep_maps",
+    "store_prompts",
+    "decode_batch",
+    "prefill_batch",
+    "memory",
+    "max_time",
+    "max_prompt_tokens",
+)
 """Settings that change no result."""
 
 

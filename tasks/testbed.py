@@ -46,7 +46,9 @@ class Exam(Task):
         except (ValueError, IndexError) as e:
             fix = f"--shots {self.shots}, or a copy of {self.source} with its own name and another prompt_tokens"
             raise KvcliError(f"{self.name}: {e}", given=f"--shots {shots}", fix=fix) from e
-        return Sample(str(index), segments(episode), " ".join(episode.shots[-1].answer))
+        plain = shots == self.shots and shot_seed == 0
+        name = str(index) if plain else f"{index}@{shots}.{shot_seed}"  # other shots, other question
+        return Sample(name, segments(episode), " ".join(episode.shots[-1].answer))
 
 
 def segments(episode: language.Episode) -> tuple[Segment, ...]:

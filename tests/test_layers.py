@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "kvcli"
-COMMON = {"config", "errors", "grammar", "registry", "spans", ""}
+COMMON = {"config", "errors", "grammar", "hub", "spans", ""}
 """What everyone may use. '' is the package itself, for its version."""
 
 MAY_USE = {

@@ -61,6 +61,8 @@ class Point:
 @dataclass(frozen=True)
 class Series:
     method: str
+    label: str
+    """The method as the legend shows it."""
     points: tuple[Point, ...]
 
 
@@ -159,7 +161,7 @@ def _panel(figure: str, table: TaskTable, beside: Sequence[TaskTable]) -> Panel:
 
 def _series(figure: str, row: Row, table: TaskTable) -> Series:
     points = (_point(figure, row.cells[c.text]) for c in table.columns if c.text in row.cells)
-    return Series(row.method, tuple(sorted((p for p in points if p), key=lambda p: p.x)))
+    return Series(row.method, row.label, tuple(sorted((p for p in points if p), key=lambda p: p.x)))
 
 
 def _point(figure: str, cell: CellSummary) -> Point | None:
@@ -314,9 +316,9 @@ def _legend(sheet: Sheet, methods: Sequence[str]) -> tuple[list[Any], list[str]]
     """One entry per method of this sheet, then what the reference lines and hollow points are."""
     from matplotlib.lines import Line2D
 
-    there = {s.method for p in sheet.panels for s in p.series}
+    there = {s.method: s.label for p in sheet.panels for s in p.series}
     handles: list[Any] = [Line2D([], [], **_look(i)) for i, m in enumerate(methods) if m in there]
-    labels = [_short(m) for m in methods if m in there]
+    labels = [_short(there[m]) for m in methods if m in there]
     others: list[tuple[dict[str, Any], str, bool]] = [
         ({"color": "black", "linestyle": "--"}, "full", any(p.full is not None for p in sheet.panels)),
         ({"color": "#555555", "linestyle": ":"}, "chance", any(p.chance is not None for p in sheet.panels)),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvcli.analysis import wording
+from kvcli.analysis import names, stats, wording
 from kvcli.analysis.load import Run
 from kvcli.analysis.stats import Difference
 from kvcli.analysis.tables import CellSummary, TaskTable, summarise
@@ -19,6 +19,10 @@ WORST = 20
 FIGURES = "figures"
 """Folder beside the report whose pictures it shows."""
 
+OVER_BUDGET = (
+    "Over budget = the method kept more than was asked for, in some samples at least. A loss is a loss all the same, but "
+    "such a cell is not ranked: compare it with other methods at its measured ratio only"
+)
 FIRST_TOKEN = {
     "compressed": "the first answer token is computed through the compressed cache, like all others",
     "prefill": "the first answer token comes from the prefill, before anything was evicted",
@@ -71,8 +75,8 @@ class _Finding:
 
     @property
     def worst(self) -> float:
-        """Largest established loss within budget, in score (negative); 0 where none is established."""
-        losses = [c.difference.value for c in self.cells if c.ranked and c.difference and c.verdict == "loss"]
+        """Largest established loss, over budget or not, in score (negative); 0 where none is established."""
+        losses = [c.difference.value for c in self.cells if c.difference and c.verdict == "loss"]
         return min(losses, default=0.0)
 
 
@@ -85,16 +89,18 @@ def _verdicts(tables: Sequence[TaskTable]) -> list[str]:
         compared = "only `full` was run" if not findings else "there is no finished sample of both `full` and a method"
         return [*lines, f"Nothing can be said: {compared}."]
     lines += [
-        f"Loss established = the 95 % interval of the paired difference to `full` lies below 0. {comparisons} "
-        "comparisons, intervals not adjusted for their number: if nothing were lost, up to about "
+        f"Loss established = less than `full` on the same samples, and {stats.ESTABLISHED}. {comparisons} "
+        "comparisons, not adjusted for their number: if nothing were lost, up to about "
         f"{comparisons * 0.025:.1f} of them would still look like a loss. Differences are in percentage points, with "
         "their interval and the change relative to `full`.",
         "",
     ]
     if len(judged) < len(tables):
         lines += ["First token `compressed` only; `prefill` stands beside it in a section of its own.", ""]
+    if any(_over(cell) for f in findings for cell in f.cells):
+        lines += [f"{OVER_BUDGET}.", ""]
     lost = [f for f in findings if f.worst < 0]
-    lines += [f"- {_sentence(f)}" for f in lost[:WORST]] or ["- No loss is established anywhere within budget."]
+    lines += [f"- {_sentence(f)}" for f in lost[:WORST]] or ["- No loss is established anywhere."]
     lines += _in_short("Smaller losses established", lost[WORST:], _smaller)
     lines += _in_short("No loss established at any ratio", [f for f in findings if f.worst == 0], _not_excluded)
     return lines
@@ -108,7 +114,7 @@ def _twin(table: TaskTable, tables: Sequence[TaskTable]) -> TaskTable | None:
 
 def _findings(tables: Sequence[TaskTable]) -> list[_Finding]:
     return [
-        _Finding(_label(table, tables), row.method, tuple(cell for cell in table.cells() if cell.method == row.method))
+        _Finding(_label(table, tables), row.label, tuple(cell for cell in table.cells() if cell.method == row.method))
         for table in tables
         for row in table.rows
     ]
@@ -127,23 +133,28 @@ def _label(table: TaskTable, tables: Sequence[TaskTable]) -> str:
 
 
 def _sentence(finding: _Finding) -> str:
-    groups: dict[str, list[str]] = {"loss": [], "gain": [], "open": [], "over": []}
+    groups: dict[str, list[str]] = {"loss": [], "gain": [], "open": []}
     for cell in finding.cells:
         if cell.difference is None:
             continue
-        kind = cell.verdict if cell.ranked else "over"
-        at = f"{cell.column} (measured {wording.measured(cell.measured_ratio)})" if kind == "over" else cell.column
         relative = f", {wording.relative(cell.relative)}" if cell.relative is not None else ""
         interval = wording.points_interval(cell.difference.interval)
-        groups[kind].append(f"{at}: {wording.points(cell.difference.value)} ({interval}{relative})")
-    heads = {
-        "loss": "**loss established** at ", "gain": "gain established at ", "open": "not established at ",
-        "over": "over budget, not ranked, at ",
-    }  # fmt: skip
+        groups[cell.verdict].append(f"{_at(cell)}: {wording.points(cell.difference.value)} ({interval}{relative})")
+    heads = {"loss": "**loss established** at ", "gain": "gain established at ", "open": "not established at "}
     text = "; ".join(heads[kind] + ", ".join(found) for kind, found in groups.items() if found)
     counts = sorted({cell.difference.n for cell in finding.cells if cell.difference})
     n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
     return f"**{_code(finding.label)}, {_code(finding.method)}** (n = {n}): {text}."
+
+
+def _at(cell: CellSummary) -> str:
+    """What was asked for, and beside it what was kept where that is more."""
+    over = f" (over budget, measured {wording.measured(cell.measured_ratio)})" if _over(cell) else ""
+    return f"{cell.column}{over}"
+
+
+def _over(cell: CellSummary) -> bool:
+    return cell.over_budget and cell.difference is not None
 
 
 def _in_short(head: str, findings: Sequence[_Finding], say: Any) -> list[str]:
@@ -157,17 +168,19 @@ def _in_short(head: str, findings: Sequence[_Finding], say: Any) -> list[str]:
 
 
 def _smaller(finding: _Finding) -> str:
-    at = ", ".join(c.column for c in finding.cells if c.ranked and c.verdict == "loss")
+    at = ", ".join(_at(c) for c in finding.cells if c.verdict == "loss")
     return f"{wording.points(finding.worst)} at worst, established at {at}"
 
 
 def _not_excluded(finding: _Finding) -> str:
     """The largest loss that the intervals still allow: 'not established' is not 'none'."""
-    cells = [c for c in finding.cells if c.ranked and c.difference]
-    lows = [c.difference.interval.low for c in cells if c.difference and c.difference.interval]
+    lows = [c.difference.interval.low for c in finding.cells if c.difference and c.difference.interval]
     if not lows:
-        return "over budget at every ratio" if finding.cells and not cells else "no interval"
-    return f"losses up to {wording.points(-max(-min(lows), 0.0)).lstrip('-+')} points not excluded"
+        said = "no interval"
+    else:
+        said = f"losses up to {wording.points(-max(-min(lows), 0.0)).lstrip('-+')} points not excluded"
+    over = ", ".join(f"{c.column} (measured {wording.measured(c.measured_ratio)})" for c in finding.cells if _over(c))
+    return f"{said}; over budget at {over}" if over else said
 
 
 def _how(run: Run, tables: Sequence[TaskTable]) -> list[str]:
@@ -181,6 +194,8 @@ def _how(run: Run, tables: Sequence[TaskTable]) -> list[str]:
     for query in dict.fromkeys(t.query for t in tables):
         seen = "was" if query == "aware" else "was not"
         lines.append(f"- Query `{query}`: the question {seen} visible to the compression.")
+    found = names.files(cell.method for cell in run.cells)
+    lines += [f"- Method {_code(name)}: {_code(source)}." for name, source in found.items()]
     first = {(t.task, t.shots): t for t in reversed(tables)}
     lines += [f"- {_code(t.task)}: {_task_facts(t)}." for t in reversed(first.values())]
     lines += [
@@ -250,7 +265,7 @@ def _mode_pairs(tables: Sequence[TaskTable]) -> Iterator[tuple[str, str, CellSum
         theirs = {(cell.method, cell.column): cell for cell in other.cells()}
         for cell in table.cells():
             if (cell.method, cell.column) in theirs:
-                yield label, cell.method, cell, theirs[cell.method, cell.column]
+                yield label, cell.label, cell, theirs[cell.method, cell.column]
 
 
 def _figures(pictures: Sequence[str]) -> list[str]:
@@ -287,7 +302,7 @@ def _row(cell: CellSummary, full: CellSummary | None) -> str:
     change = cell.difference
     marks = [wording.flag_counts(cell), f"{cell.errors} failed" if cell.errors else ""]
     fields = [
-        _code(cell.method), cell.column, wording.measured(cell.measured_ratio),
+        _code(cell.label), cell.column, wording.measured(cell.measured_ratio),
         f"{cell.n}" + (f" x {cell.seeds} seeds" if cell.seeds > 1 else ""),
         f"{wording.score(cell.score)} {wording.score_interval(cell.interval)}", _difference(cell),
         wording.relative(cell.relative) if change else "", wording.p_value(change.p) if change else "",
@@ -330,7 +345,8 @@ def _legend(tables: Sequence[TaskTable]) -> list[str]:
     lines = [
         "Columns: *asked* kept ratio or budget; *measured* bytes kept over the 16-bit full cache; *relative* "
         "(P - P_full) / P_full; *p* two-sided, not adjusted; *better / worse* samples that changed; *no answer* share "
-        "of outputs without an extractable answer; *cut* share stopped by the token limit. **Bold**: established.",
+        "of outputs without an extractable answer; *cut* share stopped by the token limit. **Bold**: established: "
+        f"{stats.ESTABLISHED}.",
     ]
     flags = {flag for table in tables for cell in table.cells() for flag in cell.flags}
     meanings = [wording.MEANING[wording.MARKS[flag]] for flag in wording.MARKS if flag in flags]

@@ -16,6 +16,9 @@ Floats = NDArray[np.float64]
 Codes = NDArray[np.int32]
 
 LEVEL = 0.95
+ALPHA = 0.05
+ESTABLISHED = "the 95 % paired interval excludes 0 and p < 0.05 (where there is no p, the interval alone decides)"
+"""What makes a difference established (Difference.verdict); legends, reports and docs/statistics.md quote it."""
 MIN_NONZERO = 10
 """A bootstrap of fewer non-zero differences says little: the resamples hardly differ."""
 RESAMPLES = 4999
@@ -54,8 +57,10 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """'loss' or 'gain' where the interval excludes 0, else 'open'."""
+        """'loss' or 'gain' where ESTABLISHED holds, else 'open'."""
         if self.interval is None or self.interval.low <= 0 <= self.interval.high:
+            return "open"
+        if self.p is not None and self.p >= ALPHA:
             return "open"
         return "loss" if self.interval.high < 0 else "gain"
 

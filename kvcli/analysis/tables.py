@@ -5,14 +5,14 @@ First-token modes, query modes and numbers of shots are never mixed: each combin
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcli.analysis import stats
+from kvcli.analysis import names, stats
 from kvcli.analysis.load import Cell, Run
 from kvcli.analysis.stats import Difference, Interval
 
@@ -44,6 +44,8 @@ class CellSummary:
     """One method at one requested ratio on one task. Shares are of records; n counts samples."""
 
     method: str
+    label: str
+    """The method as tables show it."""
     column: str
     cell_ids: tuple[str, ...]
     seeds: int
@@ -65,16 +67,13 @@ class CellSummary:
 
     @property
     def over_budget(self) -> bool:
+        """It kept more than was asked for, in some samples at least: a loss is still a loss, but the cell is not to be
+        ranked against cells within budget."""
         return self.flags.get("over_budget", 0) > 0
 
     @property
     def noop(self) -> int:
         return self.flags.get("noop", 0)
-
-    @property
-    def ranked(self) -> bool:
-        """Cells over budget are never ranked against cells within it."""
-        return not self.over_budget
 
     @property
     def verdict(self) -> str:
@@ -84,9 +83,10 @@ class CellSummary:
 
 @dataclass(frozen=True)
 class Row:
-    """One method (with its decode settings, if any); `cells` by the text of the column."""
+    """One method (with its decode settings, if any), `label` as it is shown; `cells` by the text of the column."""
 
     method: str
+    label: str
     cells: dict[str, CellSummary]
 
 
@@ -140,7 +140,9 @@ def summarise(run: Run, only: Collection[str] | None = None) -> list[TaskTable]:
     tasks = _order(list(run.meta.get("tasks") or ()), (key[0] for key in groups))
     modes = {"compressed": 0, "prefill": 1}
     keys = sorted(groups, key=lambda k: (tasks[k[0]], k[2] != "aware", k[3] or 0, modes.get(k[1], 2)))
-    return [_table(run, rows_of, key, groups) for key in keys]
+    short = names.shown(cell.method for cell in run.cells)
+    labels = {row_name(cell): short[cell.method] + _decode_text(cell) for cell in run.cells}
+    return [_table(run, rows_of, key, groups, labels) for key in keys]
 
 
 def _key(cell: Cell) -> _Key:
@@ -152,7 +154,11 @@ def _order(first: Iterable[str], then: Iterable[str]) -> dict[str, int]:
 
 
 def row_name(cell: Cell) -> str:
-    return cell.method if cell.decode is None else f"{cell.method} [decode {cell.decode}]"
+    return cell.method + _decode_text(cell)
+
+
+def _decode_text(cell: Cell) -> str:
+    return "" if cell.decode is None else f" [decode {cell.decode}]"
 
 
 def column_of(cell: Cell) -> Column:
@@ -184,13 +190,18 @@ class _Scores:
     """Cells left out because a later one has the same settings and seed."""
 
 
-def _table(run: Run, rows_of: Sequence[NDArray[np.int64]], key: _Key, groups: _Groups) -> TaskTable:
+def _table(
+    run: Run, rows_of: Sequence[NDArray[np.int64]], key: _Key, groups: _Groups, labels: Mapping[str, str]
+) -> TaskTable:
     task, first_token, query, shots = key
     scores = {name: _scores(run, rows_of, codes) for name, codes in groups[key].items()}
     full, borrowed = _full(run, rows_of, key, groups)
     columns = tuple(sorted({column for _, column in scores if column != _FULL[1]}, key=lambda c: c.order))
     methods = _order(run.config("methods") or (), (method for method, column in scores if column != _FULL[1]))
-    cells = [{c.text: _cell(run, m, c, scores[m, c], full) for c in columns if (m, c) in scores} for m in methods]
+    cells = [
+        {c.text: _cell(run, m, labels.get(m, m), c, scores[m, c], full) for c in columns if (m, c) in scores}
+        for m in methods
+    ]
     first = run.cells[next(iter(groups[key].values()))[0]]
     facts = run.task_facts(task)
     every = np.concatenate([s.rows for s in scores.values()])
@@ -199,8 +210,8 @@ def _table(run: Run, rows_of: Sequence[NDArray[np.int64]], key: _Key, groups: _G
         task=task, ability=facts.get("ability") or first.ability, metric=facts.get("metric") or first.metric,
         version=None if version is None else str(version), chance=None if chance is None else float(chance),
         first_token=first_token, query=query, shots=shots, n_prompt=_median(run.n_prompt[every]),
-        clusters=_cluster_count(run, every), full=_cell(run, *_FULL, full, None) if full else None,
-        columns=columns, rows=tuple(Row(m, found) for m, found in zip(methods, cells, strict=True) if found),
+        clusters=_cluster_count(run, every), full=_cell(run, FULL, *_FULL, full, None) if full else None,
+        columns=columns, rows=tuple(Row(m, labels[m], found) for m, found in zip(methods, cells, strict=True) if found),
     )  # fmt: skip
     replaced = sum(s.replaced for s in scores.values())
     return replace(
@@ -245,7 +256,7 @@ def _full(run: Run, rows_of: Sequence[NDArray[np.int64]], key: _Key, groups: _Gr
     return None, ""
 
 
-def _cell(run: Run, method: str, column: Column, scores: _Scores, full: _Scores | None) -> CellSummary:
+def _cell(run: Run, method: str, label: str, column: Column, scores: _Scores, full: _Scores | None) -> CellSummary:
     there = ~np.isnan(scores.value)
     values, clusters = scores.value[there], scores.cluster[there]
     rows = scores.rows
@@ -254,7 +265,7 @@ def _cell(run: Run, method: str, column: Column, scores: _Scores, full: _Scores 
     difference, relative = _against(scores, full) if full else (None, None)
     records = len(done)
     return CellSummary(
-        method=method, column=column.text, cell_ids=tuple(run.cells[c].cell_id for c in scores.cells),
+        method=method, label=label, column=column.text, cell_ids=tuple(run.cells[c].cell_id for c in scores.cells),
         seeds=len(scores.cells), n=len(values), errors=int(failed.sum()),
         score=float(values.mean()) if len(values) else float("nan"),
         interval=stats.score_interval(values, clusters) if len(values) else None,

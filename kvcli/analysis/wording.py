@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from kvcli.analysis import stats
 from kvcli.analysis.stats import Interval
 from kvcli.analysis.tables import NO_ANSWER_LIMIT, OWN, CellSummary, TaskTable
 
 MARKS = {"noop": "n", "over_budget": "o", "fallback": "f", "unreachable": "u", "simulated": "s"}
 ESTABLISHED, NO_ANSWER, INCOMPLETE = "*", "?", "i"
 MEANING = {
-    ESTABLISHED: "established: the 95 % paired interval excludes 0 (not adjusted for the number of comparisons)",
+    ESTABLISHED: f"established: {stats.ESTABLISHED}; not adjusted for the number of comparisons",
     "n": "noop: some prompts were too short to compress; nothing was evicted from them",
     "o": "over_budget: protected tokens exceed the budget; compare at the measured ratio only",
     "f": "fallback: the method could not do what its name says at this size",

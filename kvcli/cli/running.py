@@ -44,6 +44,8 @@ def perform(config: SweepConfig, passed: dict[str, Any], *, dry_run: bool, json:
         from kvcli.engine.session import execute, open_session
 
         session = open_session(request, lambda text: None)
+        for warning in session.prepared.warnings:
+            output.warn(warning)
         _announce(session, json=json and dry_run, dry_run=dry_run)
         if dry_run:
             return Exit.DONE
@@ -130,7 +132,9 @@ def _finish(session: Any, outcome: Any, reason: str, json: bool) -> int:
     others = sum(cell.cell_id not in wanted and cell.method != "full" for cell in run.cells)
     if others:
         output.note(f"{folder} holds {others} more cells of earlier commands")
+    if outcome.errors:
+        output.warn(f"{outcome.errors} sample{'s' * (outcome.errors != 1)} failed; the same command tries again")
     for message, count in outcome.messages.most_common(5):
-        output.warn(f"{count} sample{'s' * (count != 1)} failed: {message}; the same command tries again")
+        output.note(f"  {count} x {message}")
     output.next_command(f"kvcli report {shlex.quote(folder)}")
     return Exit.FAILED_SAMPLES if outcome.errors else Exit.DONE

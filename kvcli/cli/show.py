@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,9 +44,9 @@ def command(
     ratios = parse_ratios(ratio or [])
     folder = store.find_run(run)
     if task is None:
-        _show_tasks(folder, as_json)
+        _show_tasks(folder, methods, ratios, as_json)
     elif sample is None:
-        _show_samples(folder, task.replace("-", "_"), as_json)
+        _show_samples(folder, task.replace("-", "_"), methods, ratios, as_json)
     else:
         facts = facts_of_sample(folder, task.replace("-", "_"), sample, methods, ratios)
         output.json_result(facts) if as_json else _show_sample(folder, facts, long)
@@ -54,9 +55,10 @@ def command(
 # --- what there is ----------------------------------------------------------------------------------------------------
 
 
-def _show_tasks(folder: Path, as_json: bool) -> None:
+def _show_tasks(folder: Path, methods: list[str], ratios: list[Decimal], as_json: bool) -> None:
     found: dict[str, dict[str, dict[str, None]]] = {}
-    for record in store.read_records(folder, ("task", "method")):
+    records = store.read_records(folder, ("task", "method", "ratio"))
+    for record in _filtered(records, "task", methods, ratios, f"kvcli show {folder}"):
         facts = found.setdefault(record["task"], {"samples": {}, "cells": {}, "methods": {}})
         for name, value in (("samples", "sample_id"), ("cells", "cell_id"), ("methods", "method")):
             facts[name][record[value]] = None
@@ -67,12 +69,13 @@ def _show_tasks(folder: Path, as_json: bool) -> None:
         return
     output.result(output.table(headers, [(*row[:3], " ".join(row[3])) for row in rows]))
     if rows:
-        output.next_command(f"kvcli show {folder} --task {rows[0][0]}")
+        output.next_command(f"kvcli show {folder} --task {rows[0][0]}{_options(methods, ratios)}")
 
 
-def _show_samples(folder: Path, task: str, as_json: bool) -> None:
+def _show_samples(folder: Path, task: str, methods: list[str], ratios: list[Decimal], as_json: bool) -> None:
     rows: dict[str, dict[str, Any]] = {}
-    for record in _records_of(folder, task, ("score",)):
+    records = _records_of(folder, task, ("score", "method", "ratio"))
+    for record in _filtered(records, "sample_id", methods, ratios, f"kvcli show {folder} --task {task}"):
         row = rows.setdefault(record["sample_id"], {"sample": record["sample_id"], "cells": 0, "scores": []})
         row["cells"] += 1
         row["scores"] += [record["score"]] if record["score"] is not None else []
@@ -87,7 +90,27 @@ def _show_samples(folder: Path, task: str, as_json: bool) -> None:
         return
     listed = [(s["sample"], s["cells"], _short(s["mean_score"]), "yes" if s["kept_marked"] else "no") for s in samples]
     output.result(output.table(("sample", "cells", "mean score", "kept tokens stored"), listed))
-    output.next_command(f"kvcli show {folder} --task {task} --sample {samples[0]['sample']}")
+    more = _options(methods, ratios)
+    output.next_command(f"kvcli show {folder} --task {task} --sample {samples[0]['sample']}{more}")
+
+
+def _filtered(
+    records: list[Record], by: str, methods: list[str], ratios: list[Decimal], listing: str
+) -> list[Record]:
+    """The wanted records and full's beside them, of the tasks or samples that have a wanted one."""
+    if not methods and not ratios:
+        return records
+    there = {record[by] for record in records if _named(record, methods, ratios)}
+    if not there:
+        given = _options(methods, ratios).strip()
+        raise KvcliError("no such cell in this folder", given=given, fix=f"{listing} shows what there is")
+    return [record for record in records if record[by] in there and _wanted(record, methods, ratios)]
+
+
+def _options(methods: list[str], ratios: list[Decimal]) -> str:
+    """The filter as typed, for the next command."""
+    options = [("--method", m) for m in methods] + [("--ratio", ratio_text(r)) for r in ratios]
+    return "".join(f" {shlex.join(option)}" for option in options)
 
 
 def _records_of(folder: Path, task: str, fields: tuple[str, ...] | None) -> list[Record]:
@@ -104,7 +127,10 @@ def _records_of(folder: Path, task: str, fields: tuple[str, ...] | None) -> list
 
 
 def facts_of_sample(folder: Path, task: str, sample: str, methods: list[str], ratios: list[Decimal]) -> dict[str, Any]:
-    """The prompt and, per cell, its output, scores and the share of layers and heads that kept each token."""
+    """The prompt and, per cell, its output, scores and the share of layers and heads that kept each token.
+
+    One sample can have several prompts (other shots or shot seed): then `prompts` holds those facts for each of them.
+    """
     every = _records_of(folder, task, None)
     records = [record for record in every if record["sample_id"] == sample]
     if not records:
@@ -116,19 +142,63 @@ def facts_of_sample(folder: Path, task: str, sample: str, methods: list[str], ra
         names = sorted({f"{r['method']} {_size(r)}" for r in records})
         raise KvcliError("no such cell in this folder", given=f"--sample {sample}", fix=f"one of {', '.join(names)}")
     chosen.sort(key=lambda r: (r["method"] != "full", r["ratio"] or 0, r["budget"] or 0, r["method"], r["first_token"]))
-    prompt = store.read_prompts(folder).get(chosen[0]["prompt_sha"])
+    prompts = store.read_prompts(folder)
+    groups = [_group(folder, *group, prompts) for group in _by_prompt(folder, chosen, records)]
+    head = {"task": task, "sample_id": sample}
+    if len(groups) > 1:
+        return {**head, "prompts": groups}
+    return {**head, **{name: groups[0][name] for name in ("target", "prompt", "cells")}}
+
+
+def _by_prompt(folder: Path, chosen: list[Record], records: list[Record]) -> list[tuple[str | None, int, list[Record]]]:
+    """(hash, shot seed, its records) of every distinct prompt, fewest shots first.
+
+    A failed record names no prompt: it belongs to that of the sample's other records with its shots and shot seed.
+    """
+    described = store.read_run(folder).get("cells") or {} if (folder / store.RUN).is_file() else {}
+
+    def shots(record: Record) -> tuple[int, int]:
+        return record["shots"] or 0, (described.get(record["cell_id"]) or {}).get("shot_seed") or 0
+
+    known = {shots(record): record["prompt_sha"] for record in records if record["prompt_sha"]}
+    groups: dict[Any, list[Record]] = {}
+    for record in chosen:
+        groups.setdefault(record["prompt_sha"] or known.get(shots(record)) or shots(record), []).append(record)
+    found = [(sha if isinstance(sha, str) else None, shots(group[0])[1], group) for sha, group in groups.items()]
+    return sorted(found, key=lambda f: shots(f[2][0]))
+
+
+def _group(
+    folder: Path, sha: str | None, shot_seed: int, records: list[Record], prompts: dict[str, Any]
+) -> dict[str, Any]:
+    """One prompt of the sample with its cells."""
+    target = next((record["target"] for record in records if record["target"] is not None), None)
     return {
-        "task": task, "sample_id": sample, "target": chosen[0]["target"], "prompt": prompt,
-        "cells": [{**_cell(record), "kept_share": _share(folder, record)} for record in chosen],
+        "prompt_sha": sha, "shots": records[0]["shots"], "shot_seed": shot_seed, "target": target,
+        "prompt": prompts.get(sha) if sha else None,
+        "cells": [{**_cell(record), "kept_share": _share(folder, record)} for record in records],
     }  # fmt: skip
 
 
 def _wanted(record: Record, methods: list[str], ratios: list[Decimal]) -> bool:
-    if record["method"] == "full":
-        return True
-    named = not methods or record["method"] in methods or record["method"].partition(":")[0] in methods
+    return record["method"] == "full" or _named(record, methods, ratios)
+
+
+def _named(record: Record, methods: list[str], ratios: list[Decimal]) -> bool:
     sized = not ratios or (record["ratio"] is not None and Decimal(str(record["ratio"])) in ratios)
-    return named and sized
+    return sized and (not methods or any(_same(record["method"], method) for method in methods))
+
+
+def _same(method: str, given: str) -> bool:
+    """True where `given` is the method as recorded or as tables name it (file methods by their class), or either
+    without its settings."""
+    return bool({method, *names.shown([method]).values()} & {given}) or given in _bare(method)
+
+
+def _bare(method: str) -> set[str]:
+    """The method's names without settings."""
+    source = next((str(MethodText(tuple(Part(p.source) for p in m.parts))) for m in parse_methods([method])), method)
+    return {source, *names.shown([source]).values(), method.partition(":")[0]}
 
 
 def _cell(record: Record) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def _blocks(table: TaskTable, width: int) -> Iterator[Table]:
 
 def _fit(table: TaskTable, drawn: dict[str, _Drawn], width: int) -> list[list[Column]]:
     """Columns in blocks that fit the width beside the names."""
-    left = min(max(len("method"), *(len(row.method) for row in table.rows)), _NAME_WIDTH) + _GAP
+    left = min(max(len("method"), *(len(row.label) for row in table.rows)), _NAME_WIDTH) + _GAP
     parts: list[list[Column]] = [[]]
     used = left
     for column in table.columns:
@@ -124,7 +124,7 @@ def _grid(table: TaskTable, columns: Sequence[Column], drawn: dict[str, _Drawn])
     for column in columns:
         grid.add_column(drawn[column.text].head, no_wrap=True)
     for row in table.rows:
-        grid.add_row(Text(row.method), *(drawn[column.text].cells.get(row.method, "") for column in columns))
+        grid.add_row(Text(row.label), *(drawn[column.text].cells.get(row.method, "") for column in columns))
     return grid
 
 

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from kvcli.engine.plan import Plan
+from kvcli.engine.plan import Plan, padded_share
 from kvcli.engine.prepare import PromptSet
 
 RECORD_BYTES = 1500
@@ -62,16 +62,19 @@ class Estimate:
 
 def estimate(
     plan: Plan, wanted: set[str], prompt_sets: dict[tuple[str, int], PromptSet], sizes: Sizes, itemsize: int, rows: int,
-    length: int | None, done: set[tuple[str, str]],
+    length: int | None, done: set[tuple[str, str]], limit: int | None,
 ) -> Estimate:  # fmt: skip
-    """What is still to do of the wanted cells; done: (cell, sample) pairs that have a record.
+    """What is still to do of the wanted cells and first `limit` samples; done: (cell, sample) pairs with a record.
 
     Upper bounds: every row is taken to generate its task's most tokens. length: --max-new-tokens.
     """
     records = prefill = separate = decode = steps = passes = caches = 0
     for batch in plan.batches:
         prompts = prompt_sets[batch.task, batch.shots]
-        samples, members = range(batch.start, batch.end), [c for c in batch.cells if c.id in wanted]
+        samples, members = (
+            range(batch.start, min(batch.end, limit or batch.end)),
+            [c for c in batch.cells if c.id in wanted],
+        )
         missing = {(c.id, i) for c in members for i in samples if (c.id, prompts.samples[i].id) not in done}
         if not missing:
             continue
@@ -84,7 +87,7 @@ def estimate(
         decodes = [d for d in batch.decode_batches(rows) if any((c.id, batch.start + i) in missing for i, c in d.rows)]
         steps += new * len(decodes)
         passes += 1
-        largest = max(sum(max(0.05, float(c.ratio or 1)) for _, c in d.rows) for d in decodes)
+        largest = max(padded_share(d.rows) for d in decodes)
         caches = max(caches, int(largest * (max(tokens.values()) + new) * sizes.kv_elements * itemsize))
     flops = 2 * sizes.parameters * (prefill + decode)
     seconds = flops / _speed() + (steps + passes) * sizes.layers * STEP_OVERHEAD + records * RECORD_SECONDS

@@ -69,20 +69,27 @@ class PrefillBatch:
         """
         order = sorted(self.cells, key=lambda c: (c.method != "full", -_share(c), c.method, c.first_token, c.seed or 0))
         batch: list[tuple[int, Cell]] = []
-        number, used = 0, 0.0
+        number, widest = 0, 0.0
         for cell in order:
             for i in range(self.end - self.start):
-                if batch and (used + _share(cell) > rows or len(batch) >= max(rows, MAX_DECODE_ROWS)):
+                wider = max(widest, _share(cell))  # a batch is padded to its longest row
+                full = (len(batch) + 1) * wider > rows or len(batch) >= max(rows, MAX_DECODE_ROWS)
+                if batch and full:
                     yield DecodeBatch(f"{self.id}-d{number:03d}", tuple(batch))
-                    batch, number, used = [], number + 1, 0.0
+                    batch, number, wider = [], number + 1, _share(cell)
                 batch.append((i, cell))
-                used += _share(cell)
+                widest = wider
         if batch:
             yield DecodeBatch(f"{self.id}-d{number:03d}", tuple(batch))
 
 
 LEAST_SHARE = 0.05
 """What a row counts at least: new tokens and padding need room at any ratio."""
+
+
+def padded_share(rows: tuple[tuple[int, Cell], ...]) -> float:
+    """What a decode batch occupies, in rows of a full cache."""
+    return len(rows) * max(_share(cell) for _, cell in rows)
 
 
 def _share(cell: Cell) -> float:
@@ -157,7 +164,7 @@ def _method_cells(
                 "method": str(text), "method_code": catalog.code_hash(text), "ratio": ratio, "budget": budget,
                 "strict_window": config.strict_window, "first_token": first_token, "query": "aware", "decode": None,
                 "seed": seed, "max_new_tokens": config.max_new_tokens or task.max_new_tokens,
-                "max_prompt_tokens": config.max_prompt_tokens, "ignore_eos": config.ignore_eos,
+                "ignore_eos": config.ignore_eos,
             }  # fmt: skip
             yield Cell(stable_hash(key), task.name, shots, str(text), ratio, budget, first_token, seed, key)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,9 @@ from kvcli.models.source import ModelSource, fingerprint, parse_model
 
 if TYPE_CHECKING:
     from kvcli.models.prompt import Prompt
+
+NEED = re.compile(r"column_sum(:question)?|window:\d+")
+"""What kvcli.attention.capture knows, checked here without torch."""
 
 DEFAULT_METHODS = ("tier1",)
 DEFAULT_RATIOS = ("0.1..0.9:0.2",)
@@ -54,16 +58,19 @@ class Prepared:
     identity: dict[str, Any]
     cells: list[Cell]
     prompt_sets: dict[tuple[str, int], PromptSet]
+    warnings: list[str]
 
-    def plan(self, generations: Sequence[Generation]) -> Plan:
+    def plan(self, generations: Sequence[Generation], prefill_rows: int) -> Plan:
         available = {key: len(s.samples) for key, s in self.prompt_sets.items()}
-        return make_plan(self.cells, generations, available, self.request.config.prefill_batch)
+        return make_plan(self.cells, generations, available, prefill_rows)
 
 
 def check(config: SweepConfig) -> Request:
     """Everything that can be checked without torch. Raises KvcliError."""
     source = parse_model(config.model)
     methods = [str(m) for m in catalog.expand(config.methods or DEFAULT_METHODS)]
+    for method in methods:
+        _check_needs(method)
     if config.ratios and config.budgets:
         given = f"--ratio {','.join(config.ratios)} --budget {','.join(map(str, config.budgets))}"
         raise KvcliError("--ratio and --budget exclude each other", given=given, fix="keep one of them")
@@ -98,17 +105,15 @@ MOST_UNKNOWN = 0.2
 """Share of unknown tokens above which a prompt says nothing to its model."""
 
 
-def _check_words(task: Task, prompts: Sequence[Prompt], tokenizer: Any) -> None:
-    """Refuses a task whose words the tokenizer does not know."""
+def _strange_words(task: Task, prompts: Sequence[Prompt], tokenizer: Any) -> str:
+    """A warning where the tokenizer does not know the task's words; empty where it does."""
     unknown = tokenizer.unk_token_id
     if unknown is None or not prompts or unknown == tokenizer.eos_token_id:
-        return
+        return ""
     share = prompts[0].ids.count(unknown) / len(prompts[0].ids)
-    if share > MOST_UNKNOWN:
-        what = f"{share:.0%} of the prompt tokens of {task.name} are unknown to the tokenizer"
-        raise KvcliError(
-            what, given=f"--task {task.name}", fix="a task in the model's language, or another --tokenizer"
-        )
+    if share <= MOST_UNKNOWN:
+        return ""
+    return f"{share:.0%} of the prompt tokens of {task.name} are unknown to the tokenizer: its scores will mean nothing"
 
 
 def task_text(task: Task) -> str:
@@ -122,6 +127,13 @@ def _positive(option: str, value: float | None, shift: int = 0) -> None:
         raise KvcliError(
             f"{option} must be at least {1 - shift}", given=given, fix=f"{option} {20 if option == '--limit' else 1}"
         )
+
+
+def _check_needs(method: str) -> None:
+    wrong = [n for n in catalog.build(method).needs() if not NEED.fullmatch(n)]
+    if wrong:
+        fix = "needs() may name column_sum, column_sum:question and window:W"
+        raise KvcliError(f"unknown statistic '{wrong[0]}'", given=f"--method {method}", fix=fix)
 
 
 def _one_of(option: str, value: str, choices: Sequence[str]) -> None:
@@ -144,11 +156,14 @@ def prepare(request: Request, limit: int | None, say: Callable[[str], None] = la
     device = loader.pick_device(config.device)
     loader.check_attention(config.attn, device)
     dtype = loader.pick_dtype(config.dtype, device, model_config)
-    identity = {**fingerprint(request.source), "tokenizer": config.tokenizer or "its own", "dtype": dtype}
+    commit = getattr(model_config, "_commit_hash", None)
+    revision = {"revision": commit} if request.source.kind == "hub" and commit else {}
+    identity = {**fingerprint(request.source), **revision, "tokenizer": config.tokenizer or "its own", "dtype": dtype}
     facts = {**identity, "weights": "dense", "template": config.template}
     cells = make_cells(config, request.tasks, facts)
     context = getattr(model_config, "max_position_embeddings", None)
     prompt_sets: dict[tuple[str, int], PromptSet] = {}
+    warnings: list[str] = []
     for task in request.tasks:
         for shots in config.shots or (task.shots,):
             say(f"reading {task.name}, {shots} shots")
@@ -162,6 +177,6 @@ def prepare(request: Request, limit: int | None, say: Callable[[str], None] = la
                 )
                 for sample in samples
             ]  # fmt: skip
-            _check_words(task, prompts, tokenizer)
+            warnings += filter(None, [_strange_words(task, prompts, tokenizer)])
             prompt_sets[task.name, shots] = PromptSet(task, shots, samples, prompts)
-    return Prepared(request, model_config, tokenizer, dtype, device, identity, cells, prompt_sets)
+    return Prepared(request, model_config, tokenizer, dtype, device, identity, cells, prompt_sets, warnings)

@@ -58,6 +58,8 @@ def ok_record(
         total, size = by_region.get(region.label, (0.0, 0))
         by_region[region.label] = (total + float(share[region.start : region.end].sum()), size + len(region))
     score = prompts.task.score(sample, output.text)
+    if not 0 <= score.value <= 1:
+        raise ValueError(f"the scorer of {prompts.task.name} gave {score.value}, scores lie in 0..1")
     record.update(
         status="ok", score=round(score.value, SAVED_DIGITS), extracted=score.extracted, extra=score.extra,
         output=output.text, output_ids=output.ids, finish=output.finish, n_prompt=n, n_new=len(output.ids),

@@ -97,6 +97,8 @@ class Runner:
     progress: Any = lambda done, total, label: None
     wanted: set[str] | None = None
     """Cells this command asked for (None: all). A batch runs when one of their rows is missing, and then as a whole."""
+    limit: int | None = None
+    """Samples per task this command asked for (None: all the plan has)."""
     full_outputs: dict[Key, list[int]] = field(default_factory=dict)
     """output_ids of `full` by (first-token mode and sample): what other rows are compared with."""
 
@@ -119,9 +121,13 @@ class Runner:
             self.methods[cell.method] = catalog.build(cell.method)
         return self.methods[cell.method]
 
+    def _asked(self, cell: Cell, index: int) -> bool:
+        """Whether this command wants a record of the cell for the task's sample of this index."""
+        return (self.wanted is None or cell.id in self.wanted) and (self.limit is None or index < self.limit)
+
     def _missing(self, prompts: PromptSet, batch: PrefillBatch, rows: Iterable[tuple[int, Cell]]) -> bool:
-        asked = ((i, cell) for i, cell in rows if self.wanted is None or cell.id in self.wanted)
-        return any((cell.id, prompts.samples[batch.start + i].id) not in self.done for i, cell in asked)
+        asked = ((batch.start + i, cell) for i, cell in rows if self._asked(cell, batch.start + i))
+        return any((cell.id, prompts.samples[i].id) not in self.done for i, cell in asked)
 
     def anything_missing(self) -> bool:
         """Whether any row of the wanted cells has no record yet."""
@@ -142,7 +148,11 @@ class Runner:
         if self.outcome.stopped is not None:
             return
         started = time.perf_counter()
-        ready = self._prefill(prompts, batch)
+        try:
+            ready = self._prefill(prompts, batch)
+        except torch.OutOfMemoryError as e:
+            what = f"out of memory while prefilling {batch.end - batch.start} prompts together"
+            raise KvcliError(what, given=batch.id, fix="--prefill-batch 1", code=Exit.ENVIRONMENT) from e
         prefill_seconds = (time.perf_counter() - started) / len(ready)
         for decode in todo:
             self.outcome.stopped = self.stop(self.outcome.written > 0)
@@ -279,19 +289,32 @@ class Runner:
         mode = f"{cell.task}/{cell.shots}/{cell.first_token}"
         if cell.method == "full":
             self.full_outputs[mode, sample.id] = output.ids
-        if (cell.id, sample.id) in self.done:
+        if (cell.id, sample.id) in self.done or not self._asked(cell, index):
             return
-        record = ok_record(
-            cell=cell, prompts=prompts, sample=sample, prompt=prompt, method=self._method(cell),
-            selection=choice.selection, output=output, full=self.full_outputs.get((mode, sample.id)),
-            dims=self.model.shapes.dims, n=choice.context.n, seconds=times, alloc=alloc, batch=decode.id,
-        )  # fmt: skip
+        try:
+            record = self._ok_record(prompts, decode, choice, output, times, alloc, index)
+        except Exception as error:  # a task's or a plugin's fault: that sample's result
+            self._write(error_record(cell, prompts, sample, self._method(cell), error, decode.id))
+            return
         self.sink.add_prompt(prompt_entry(prompts, sample, prompt, self.options.store_prompts))
         if index < self.options.keep_maps:
             self.sink.keep_map(
                 cell.task, sample.id, cell.id, positions_kept(choice.selection.kept, choice.context.kv_heads)
             )
         self._write(record)
+
+    def _ok_record(
+        self, prompts: PromptSet, decode: DecodeBatch, choice: Choice, output: Generated, times: dict[str, Any],
+        alloc: int, index: int,
+    ) -> dict[str, Any]:  # fmt: skip
+        cell, sample, prompt = choice.cell, prompts.samples[index], prompts.prompts[index]
+        full = self.full_outputs.get((f"{cell.task}/{cell.shots}/{cell.first_token}", sample.id))
+        record: dict[str, Any] = ok_record(
+            cell=cell, prompts=prompts, sample=sample, prompt=prompt, method=self._method(cell),
+            selection=choice.selection, output=output, full=full,
+            dims=self.model.shapes.dims, n=choice.context.n, seconds=times, alloc=alloc, batch=decode.id,
+        )  # fmt: skip
+        return record
 
     def _write(self, record: dict[str, Any]) -> None:
         key = (record["cell_id"], record["sample_id"])

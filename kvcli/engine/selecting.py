@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from kvcli.cache.budget import Budget
 from kvcli.cache.kv_cache import Kept, head_positions, kept_counts
 from kvcli.methods.base import Method, Selection
 from kvcli.methods.context import Context
+from kvcli.results.schema import FLAGS
 
 
 class BadSelection(Exception):
@@ -27,12 +30,26 @@ def select(method: Method, ctx: Context, budget: Budget) -> Selection:
     counts = kept_counts(selection.kept, ctx.kv_heads)
     if method.domain.kind == "continuous" and "over_budget" not in selection.flags:
         _check_budget(counts, budget, method.budget_scope)
+    _check_words(selection)
     flags = set(selection.flags)
     everything = all(count == ctx.n for layer in counts for count in layer)
     if everything and not budget.requested_all:
         flags.add("noop")
     selection.flags = frozenset(flags)
     return selection
+
+
+def _check_words(selection: Selection) -> None:
+    unknown = set(selection.flags) - set(FLAGS)
+    if unknown:
+        raise BadSelection(f"unknown flag {', '.join(sorted(unknown))}; known: {', '.join(FLAGS)}")
+    try:
+        json.dumps(selection.notes, allow_nan=False)
+    except (TypeError, ValueError) as e:
+        raise BadSelection(f"notes must be plain JSON values: {e}") from e
+    lengths = {k.shape[-1] for k in selection.kept if not isinstance(k, list) and k.dim() == 1}
+    if selection.rerotate and (len(lengths) != 1 or any(isinstance(k, list) or k.dim() > 1 for k in selection.kept)):
+        raise BadSelection("rerotate needs one set of positions per layer, of one length, for all heads")
 
 
 def _check_form(kept: Kept, ctx: Context, keeps_last: bool) -> None:
@@ -70,8 +87,12 @@ def _check_budget(counts: list[list[int]], budget: Budget, scope: str) -> None:
 
 
 def positions_kept(kept: Kept, kv_heads: int) -> list[list[list[int]]]:
-    """kept[layer][kv head]: positions, for the stored maps."""
-    return [[p.tolist() for p in head_positions(layer, kv_heads)] for layer in kept]
+    """kept[layer][kv head]: positions, for the stored maps; one entry in a layer whose heads are all alike."""
+    alike = [not isinstance(layer, list) and layer.dim() == 1 for layer in kept]
+    return [
+        [p.tolist() for p in head_positions(layer, 1 if same else kv_heads)]
+        for layer, same in zip(kept, alike, strict=True)
+    ]
 
 
 def kept_share(kept: Kept, kv_heads: int, n: int) -> Tensor:

@@ -50,7 +50,7 @@ class Session:
         config = self.prepared.model_config
         return estimate(
             self.plan, {c.id for c in self.wanted}, self.prepared.prompt_sets, Sizes.of(config), item, self.decode_rows,
-            length, self.done,
+            length, self.done, self.prepared.request.config.limit,
         )  # fmt: skip
 
 
@@ -70,17 +70,20 @@ def open_session(request: Request, say: Callable[[str], None]) -> Session:
     identity = full_identity(prepared)
     if "identity" in old:
         ensure_same(old["identity"], identity, folder)
-    _same_data(old, prepared, folder)
-    done = _same_samples(prepared, folder)
     wanted = prepared.cells
     grid = {name: value for name, value in request.config.to_dict().items() if name in GRID}
     if not any(_covers(g, wanted, request.config.limit) for g in generations):
         generations.append({"grid": grid, "cells": [c.id for c in wanted]})
     prepared.cells = _all_cells(prepared, generations)
-    plan = prepared.plan([Generation(tuple(g["cells"]), g["grid"]["limit"]) for g in generations])
-    rows = old.get("batching", {}).get("decode_rows") or _rows(prepared)
+    done = _same_samples(prepared, folder)
+    batching = old.get("batching", {})
+    own = request.config.prefill_batch
+    prefill_rows = own if own != SweepConfig.prefill_batch else batching.get("prefill_rows", own)
+    plan = prepared.plan([Generation(tuple(g["cells"]), g["grid"]["limit"]) for g in generations], prefill_rows)
+    asked = request.config.decode_batch or request.config.memory
+    rows = _rows(prepared) if asked else batching.get("decode_rows") or _rows(prepared)
     run = {**old, "identity": identity, "generations": generations,
-           "batching": {"decode_rows": rows, "prefill_rows": request.config.prefill_batch}}  # fmt: skip
+           "batching": {"decode_rows": rows, "prefill_rows": prefill_rows}}  # fmt: skip
     return Session(prepared, plan, wanted, run, rows, folder, done)
 
 
@@ -118,18 +121,8 @@ def _all_cells(prepared: Prepared, generations: list[dict[str, Any]]) -> list[Ce
     return list(cells.values())
 
 
-def _same_data(old: dict[str, Any], prepared: Prepared, folder: Path) -> None:
-    """The first prompt of each task must be the one the folder has seen."""
-    for (task, shots), prompts in prepared.prompt_sets.items():
-        seen = old.get("tasks", {}).get(task, {}).get("data", {}).get(str(shots))
-        if seen and prompts.prompts and seen != prompts.prompts[0].sha:
-            what = f"{folder} holds results of other data for {task}"
-            given = f"first prompt {prompts.prompts[0].sha[:12]}; {folder} has {seen[:12]}"
-            raise KvcliError(what, given=given, fix="--out with another folder, or the data it was made with")
-
-
 def _same_samples(prepared: Prepared, folder: Path) -> set[tuple[str, str]]:
-    """Every sample with a record must still be there with the same prompt: rows may have changed behind the first.
+    """Every sample with a record of the cells at hand must still be there with the same prompt.
 
     Returns the (cell, sample) pairs that are done.
     """
@@ -140,12 +133,13 @@ def _same_samples(prepared: Prepared, folder: Path) -> set[tuple[str, str]]:
         for (task, shots), prompts in prepared.prompt_sets.items()
         for sample, prompt in zip(prompts.samples, prompts.prompts, strict=True)
     }
+    cells = {cell.id for cell in prepared.cells}
     done = set()
     for record in read_records(folder, ("task", "shots", "prompt_sha", "status")):
         if record["status"] == "ok":
             done.add((record["cell_id"], record["sample_id"]))
         task, shots, sample, seen = (record[name] for name in ("task", "shots", "sample_id", "prompt_sha"))
-        if seen and (task, shots) in prepared.prompt_sets and now.get((task, shots, sample)) != seen:
+        if seen and record["cell_id"] in cells and now.get((task, shots, sample)) != seen:
             what = f"{folder} holds results of other data for {task}"
             given = f"sample {sample} is {'another' if (task, shots, sample) in now else 'no longer among the first'}"
             raise KvcliError(what, given=given, fix="--out with another folder, or the data it was made with")
@@ -209,7 +203,7 @@ def execute(
     from kvcli.models import loader
     from kvcli.models.wrapper import Model
     from kvcli.results import provenance
-    from kvcli.results.store import read_records
+    from kvcli.results.store import now, read_records
 
     prepared, config = session.prepared, session.prepared.request.config
     if config.threads:
@@ -224,7 +218,10 @@ def execute(
             session.decode_rows, config.keep_maps, config.store_prompts, config.max_new_tokens, config.ignore_eos,
             config.strict_window,
         )  # fmt: skip
-        runner = Runner(None, session.plan, prepared.prompt_sets, store, options, stop, progress, wanted=wanted)  # type: ignore[arg-type]
+        runner = Runner(
+            None, session.plan, prepared.prompt_sets, store, options, stop, progress,  # type: ignore[arg-type]
+            wanted=wanted, limit=config.limit,
+        )  # fmt: skip
         if runner.anything_missing():
             runner.full_outputs = _full_outputs(read_records(session.folder), session.plan)
             say(f"loading {prepared.request.source.text} ({prepared.dtype}, {prepared.device})")
@@ -238,6 +235,7 @@ def execute(
             run.update(
                 schema=SCHEMA, status="running", argv=argv, passed=passed, config=config.to_dict(),
                 tasks=task_facts(prepared, run.get("tasks", {})), provenance=provenance.collect(),
+                commands=[*run.get("commands", []), {"argv": argv, "at": now(), **provenance.collect()}],
                 cells={**run.get("cells", {}), **{c.id: c.describe() for c in prepared.cells}},
             )  # fmt: skip
         outcome: Outcome = Outcome()

@@ -94,8 +94,25 @@ def _has_tokenizer(folder: Path) -> bool:
     )
 
 
+@contextmanager
+def _family(config: Any, source: ModelSource) -> Iterator[None]:
+    """A config that lacks what kvcli reads of every decoder is of a family it does not support."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, IndexError, ZeroDivisionError) as e:
+        family = getattr(config, "model_type", type(config).__name__)
+        what = f"models of family '{family}' are not supported: {_first_line(e)}"
+        fix = "a family of plain causal attention: llama, mistral, qwen2, qwen3, phi3, gpt_neox, gpt2, opt, ..."
+        raise KvcliError(what, given=f"--model {source.text}", fix=fix) from e
+
+
 def resize(config: Any, source: ModelSource, vocabulary: int) -> None:
     """Writes a random model's sizes into its config. vocabulary: the tokenizer's, for vocab=auto."""
+    with _family(config, source):
+        _resize(config, source, vocabulary)
+
+
+def _resize(config: Any, source: ModelSource, vocabulary: int) -> None:
     sizes = dict(source.settings)
     sizes.pop("seed", None)
     given = f"--model {source.text}"
@@ -148,13 +165,13 @@ def available_memory() -> int | None:
     return None
 
 
-def check_size(config: Any, source: ModelSource, bytes_per_weight: int, device: str) -> int:
+def check_size(config: Any, source: ModelSource, bytes_per_weight: int, device: str, *, trust: bool = False) -> int:
     """Number of parameters; refuses a model that does not fit into memory."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    with torch.device("meta"), _family(config, source):
+        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config, trust_remote_code=trust).parameters())
     if device.startswith("cuda"):
         free: int | None = torch.cuda.mem_get_info(torch.device(device))[0]
     else:
@@ -207,11 +224,11 @@ def load_weights(config: Any, source: ModelSource, dtype: str, device: str, *, t
     import torch
     from transformers import AutoModelForCausalLM
 
-    check_size(config, source, getattr(torch, dtype).itemsize, device)
+    check_size(config, source, getattr(torch, dtype).itemsize, device, trust=trust_remote_code)
     if source.kind == "random":
         state = torch.random.get_rng_state()
         torch.manual_seed(int(source.settings.get("seed", "0")))
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         torch.random.set_rng_state(state)
         return model.to(device=device, dtype=getattr(torch, dtype)).eval()
     with _loading(f"model {source.place}", source, f"--model {source.text}"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from kvcli.errors import KvcliError, unknown
 from kvcli.models.aliases import ALIASES, TESTBED
 
 TESTBED_FOLDER = Path(__file__).parents[1] / "testbed" / "weights"
+REMEMBERED = 256 << 20
+"""Bytes above which the hash of a weight file is kept in the user's cache folder."""
 RANDOM_SETTINGS = ("layers", "hidden", "heads", "kv_heads", "vocab", "positions", "seed")
 
 
@@ -84,14 +88,22 @@ def fingerprint(source: ModelSource) -> dict[str, Any]:
         digest.update(json.dumps(source.settings, sort_keys=True).encode())
         return {"model": f"random:{folder.name}", "revision": digest.hexdigest()[:12]}
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        digest.update(f"{file.name}:{file.stat().st_size}".encode())
-        digest.update(_ends(file))
+        digest.update(f"{file.name}:{_whole_hash(file)}".encode())
     return {"model": source.text if source.kind == "testbed" else folder.name, "revision": digest.hexdigest()[:12]}
 
 
-def _ends(file: Path, size: int = 1 << 20) -> bytes:
-    """First and last MiB of a file: enough to tell two weight files apart without reading gigabytes."""
+def _whole_hash(file: Path) -> str:
+    """SHA-256 of a weight file. Large ones are remembered by path, size and time, so that gigabytes are read once."""
+    facts = file.stat()
+    key = f"{file.resolve()}:{facts.st_size}:{facts.st_mtime_ns}"
+    memory = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvcli" / "weight-hashes"
+    place = memory / hashlib.sha256(key.encode()).hexdigest()
+    if facts.st_size > REMEMBERED and place.is_file():
+        return place.read_text()
     with file.open("rb") as handle:
-        head = handle.read(size)
-        handle.seek(max(0, file.stat().st_size - size))
-        return head + handle.read(size)
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    if facts.st_size > REMEMBERED:
+        with contextlib.suppress(OSError):
+            memory.mkdir(parents=True, exist_ok=True)
+            place.write_text(found)
+    return found

@@ -37,10 +37,6 @@ class Shapes:
     def dims(self) -> list[tuple[int, int]]:
         return list(zip(self.kv_heads, self.widths, strict=True))
 
-    def token_bytes(self, itemsize: int) -> int:
-        """Bytes of one token's KV pairs over all layers."""
-        return sum(h * w for h, w in self.dims) * itemsize
-
 
 @dataclass
 class Prefilled:
@@ -140,7 +136,7 @@ class Model:
         return out.logits
 
     def _probe(self) -> Shapes:
-        """Runs a short text: every layer must call the patched attention once, and the logits must be the model's own."""
+        """Runs a short text: each layer must call the patched attention once, the logits must be the model's own."""
         config = self.hf.config
         family = getattr(config, "model_type", type(self.hf).__name__)
         fix = "a family of plain causal attention: llama, mistral, qwen2, qwen3, phi3, gpt_neox, gpt2, opt, ..."

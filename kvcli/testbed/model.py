@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvcli.testbed import vocabulary as V
@@ -141,7 +141,3 @@ def structured_init(model: LlamaForCausalLM, shape: Shape, seed: int) -> None:
                 rows(v, 1)[:rank].add_(prev1.T)
                 rows(o, group).mul_(noise)
                 rows(o, group)[:rank].add_(transfer * identity)
-
-
-def describe(shape: Shape) -> dict[str, float]:
-    return asdict(shape)

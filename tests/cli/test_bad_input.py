@@ -85,7 +85,10 @@ CASES: dict[str, tuple[dict[str, str | None], tuple[str, ...]]] = {
     "file broken": ({"-c": "broken.yaml"}, ("broken.yaml:3", "not YAML")),
     "file of other things": ({"-c": "list.yaml"}, ("list.yaml", "not a mapping")),
     "file with unknown setting": ({"-c": "unknown.yaml"}, ("unknown setting 'ratio'", "unknown.yaml", "ratios")),
-    "file with wrong type": ({"-c": "type.yaml", "--limit": None}, ("'limit' must be int", "type.yaml", "three")),
+    "file with wrong type": (
+        {"-c": "type.yaml", "--limit": None},
+        ("'limit' must be a whole number", "type.yaml", "three"),
+    ),
     "file with bad method": ({"-c": "method.yaml", "--method": None}, ("unknown method 'snapvk'",)),
     "out is a file": ({"--out": "type.yaml"}, ("type.yaml is not a folder", "--out type.yaml")),
     "out below a file": ({"--out": "type.yaml/run"}, ("type.yaml is not a folder",)),
@@ -226,7 +229,7 @@ def test_a_variable_that_is_not_yaml(kvcli, monkeypatch):
         done = kvcli("sweep", "--task", "tb_recall", "--dry-run")
     except Exception as e:
         pytest.fail(f"a traceback: {e}")
-    one_error(done, "KVCLI_MODEL", "[testbed")
+    one_error(done, "unknown model", "[testbed")
 
 
 # --- found out only when the model is built ---------------------------------------------------------------------------
@@ -343,7 +346,7 @@ def test_a_hub_that_cannot_be_reached(kvcli_process, tmp_path, monkeypatch):
 
 def test_the_hub_switched_off(kvcli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    one_error(kvcli("sweep", *command(), "--model", "org/name"), "--model org/name", "cannot be loaded")
+    one_error(kvcli("sweep", *command(), "--model", "org/name"), "--model org/name", "cannot be reached")
     assert not (tmp_path / "out").exists()
 
 

@@ -478,7 +478,7 @@ def test_failed_samples_end_with_3_and_are_tried_again(kvcli, plugin):
 
     plugin.with_name("broken").write_text(second)
     done = sweep_mine(kvcli, "./mine.py:Recent")
-    assert done.code == 3 and "1 samples failed" in done.err
+    assert done.code == 3 and "1 sample failed" in done.err
     plugin.with_name("broken").unlink()
     done = sweep_mine(kvcli, "./mine.py:Recent")
     assert done.code == 0 and "failed" not in done.err

@@ -17,7 +17,7 @@ def cells_of(config: SweepConfig) -> list[Cell]:
 
 
 def share(rows: tuple[tuple[int, Cell], ...]) -> float:
-    return sum(float(cell.ratio or 1) for _, cell in rows)
+    return len(rows) * max(float(cell.ratio or 1) for _, cell in rows)  # padded to the longest
 
 
 def test_seeds_multiply_only_random_methods_and_full_comes_once() -> None:
