@@ -19,7 +19,7 @@ from kvcli.engine.plan import Cell, DecodeBatch, Plan, PrefillBatch, ratio_of
 from kvcli.engine.prefixes import PrefixCache, shared_cuts
 from kvcli.engine.prepare import PromptSet
 from kvcli.engine.records import error_record, ok_record, prompt_entry
-from kvcli.engine.selecting import positions_kept, select
+from kvcli.engine.selecting import SharedContextWritten, positions_kept, select
 from kvcli.errors import Exit, KvcliError
 from kvcli.methods import catalog
 from kvcli.methods.base import Method, Selection
@@ -219,6 +219,8 @@ class Runner:
             sample = prompts.samples[batch.start + i]
             try:
                 choices.append(self._choose(i, cell, ready[i].context))
+            except SharedContextWritten:
+                raise
             except Exception as error:  # a method's fault is that cell's result, not the run's end
                 self._write(error_record(cell, prompts, sample, self._method(cell), error, decode.id))
         if not choices:

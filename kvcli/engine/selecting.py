@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvcli.cache.budget import Budget
 from kvcli.cache.kv_cache import Kept, head_positions, kept_counts
+from kvcli.errors import KvcliError
 from kvcli.methods.base import Method, Selection
 from kvcli.methods.context import Context
 from kvcli.results.schema import FLAGS
@@ -18,14 +19,26 @@ class BadSelection(Exception):
     """A method broke its contract; the message says how."""
 
 
+class SharedContextWritten(KvcliError):
+    """A method changed what the others read: the whole command ends, because no later row can be trusted."""
+
+
 def select(method: Method, ctx: Context, budget: Budget) -> Selection:
     """The method's selection, checked, with the flag `noop` where the prompt was too short to compress.
 
     Raises BadSelection when positions are unsorted, repeated or outside the prompt, when the last one is missing, or
     when the total exceeds the budget at the method's scope without the flag `over_budget`.
     """
-    with torch.no_grad():  # ctx holds inference tensors: outside inference mode, writing into them is an error
-        selection = method.select(ctx, budget)
+    try:
+        with torch.no_grad():  # ctx holds inference tensors: outside inference mode, writing into them is an error
+            selection = method.select(ctx, budget)
+    except RuntimeError as e:
+        if "nference tensor" not in str(e):
+            raise
+        what = f"{type(method).__name__} writes into ctx, which all methods share; nothing measured after it was saved"
+        raise SharedContextWritten(
+            what, given=f"--method {type(method).__name__}", fix="copy first: ctx.keys[i].clone()"
+        ) from e
     _check_form(selection.kept, ctx, method.keeps_last)
     counts = kept_counts(selection.kept, ctx.kv_heads)
     if method.domain.kind == "continuous" and "over_budget" not in selection.flags:

@@ -70,6 +70,14 @@ def test_names_titles_and_points(tmp_path: Path) -> None:
     assert score.full is not None
 
 
+def test_file_methods_are_named_by_their_class(tmp_path: Path) -> None:
+    method = FakeMethod("./value_norm.py:ValueNorm:recent=64", 0.5)
+    run = load_run(build(tmp_path / "run", Spec(TASKS[1:2], [method], ("0.1",), n=20)))
+    sheet = dict(sheets(run, summarise(run)))["difference"]
+    assert sheet.panels[0].series[0].method == method.name
+    assert plots._legend(sheet, [method.name])[1][0] == "ValueNorm:recent=64"
+
+
 def test_hollow_points_for_short_prompts(tmp_path: Path) -> None:
     run = load_run(build(tmp_path / "run", Spec(TASKS[:1], METHODS[1:2], ("0.1",), n=40, noop=10)))
     (point,) = dict(sheets(run, summarise(run)))["difference"].panels[0].series[0].points
@@ -119,7 +127,7 @@ def _boxes(figure: Any) -> dict[str, list[Any]]:
         Spec(
             TASKS[:1], METHODS[:3], ("0.1",), n=20, model="some-organisation/A-Rather-Long-Model-Name-8B-Instruct@main"
         ),
-        Spec(TASKS[:2], [FakeMethod(f"./my $methods/mine_$.py:M:w={i},k=7", 0.5) for i in range(14)], ("0.1",), n=10),
+        Spec(TASKS[:2], [FakeMethod(f"./my $methods/mine_{i}$.py:M:w={i},k=7", 0.5) for i in range(14)], ("0.1",), n=10),
     ],
     ids=["eight-by-nine", "five-tasks", "one-task-long-model", "long-names"],
 )

@@ -9,7 +9,19 @@ import pytest
 from kvcli.analysis.load import load_run
 from kvcli.analysis.report import markdown, write_report
 from kvcli.analysis.tables import summarise
-from tests.analysis.synthetic import GOLDEN, METHODS, RATIOS, TASKS, FakeTask, Spec, build, small
+from tests.analysis.synthetic import (
+    GOLDEN,
+    METHODS,
+    RATIOS,
+    TASKS,
+    FakeMethod,
+    FakeTask,
+    Spec,
+    build,
+    record,
+    small,
+    write,
+)
 
 
 def text_of(folder: Path) -> str:
@@ -34,7 +46,7 @@ def test_sections_in_order(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_verdicts_start_with_the_worst_loss_and_rank_nothing_over_budget(tmp_path: Path) -> None:
+def test_verdicts_start_with_the_worst_loss_over_budget_or_not(tmp_path: Path) -> None:
     verdict = section(text_of(build(tmp_path / "run", Spec(TASKS, METHODS, RATIOS, n=40))), "Verdict")
     listed = [line for line in verdict.splitlines() if line.startswith("- **")]
     losses = [line.split("**loss established** at ")[1].split("; ")[0] for line in listed]
@@ -42,9 +54,61 @@ def test_verdicts_start_with_the_worst_loss_and_rank_nothing_over_budget(tmp_pat
     assert len(listed) == 20
     assert worst == sorted(worst)
     shot = next(line for line in listed if "random_shot" in line)
-    assert "over budget, not ranked, at 0.1 (measured 0.18)" in shot
+    assert "**loss established** at 0.1 (over budget, measured 0.18): -" in shot
     assert "Smaller losses established" in verdict
     assert "points not excluded" in verdict
+
+
+def over_budget_run(folder: Path, tasks: int = 1) -> Path:
+    """shotkv keeps too much in one sample of 24 at 0.1 and loses nearly all there, little at 0.3, nothing at 0.5."""
+    folder.mkdir(parents=True)
+    lines = []
+    for number in range(tasks):
+        for method, ratio, right in (("full", "1", 24), ("shotkv", "0.1", 3), ("shotkv", "0.3", 19), ("shotkv", "0.5", 24)):
+            for i in range(24):
+                over = ["over_budget"] if (method, ratio, i) == ("shotkv", "0.1", 7) else []
+                lines.append(record(
+                    cell_id=f"{number}{method}{ratio}", sample_id=str(i), task=f"t{number}", method=method, ratio=ratio,
+                    measured_ratio=float(ratio), first_token="compressed", score=float(i < right), extracted="x", flags=over,
+                ))  # fmt: skip
+    write(folder / "samples.jsonl", lines)
+    return folder
+
+
+def test_a_loss_over_budget_is_still_a_loss(tmp_path: Path) -> None:
+    verdict = section(text_of(over_budget_run(tmp_path / "run")), "Verdict")
+    assert "**loss established** at 0.1 (over budget, measured 0.10): -87.5 (" in verdict
+    assert "No loss" not in verdict
+    assert "A loss is a loss all the same" in verdict
+    # The second task on is one of the smaller ones, named in short.
+    short = section(text_of(over_budget_run(tmp_path / "many", 21)), "Verdict").split("Smaller losses established")[1]
+    assert "-87.5 at worst, established at 0.1 (over budget, measured 0.10), 0.3" in short
+
+
+def test_a_method_whose_only_loss_is_over_budget_is_not_among_those_without(tmp_path: Path) -> None:
+    folder = over_budget_run(tmp_path / "run")
+    path = folder / "samples.jsonl"
+    kept = [line for line in path.read_text().splitlines() if '"ratio":"0.3"' not in line]
+    path.write_text("\n".join(kept) + "\n")
+    verdict = section(text_of(folder), "Verdict")
+    assert "No loss" not in verdict
+    assert "-87.5" in verdict
+
+
+def test_over_budget_without_a_loss_is_marked(tmp_path: Path) -> None:
+    spec = Spec(TASKS[:1], METHODS[7:8], ("0.1",), n=40)
+    verdict = section(text_of(build(tmp_path / "run", spec)), "Verdict")
+    assert "- No loss is established anywhere." in verdict
+    assert "points not excluded; over budget at 0.1 (measured 0.18))" in verdict
+
+
+def test_file_methods_are_named_by_their_class_and_explained_once(tmp_path: Path) -> None:
+    method = FakeMethod("./value_norm.py:ValueNorm:recent=64", 1.0)
+    text = text_of(build(tmp_path / "run", Spec(TASKS[2:3], [method], ("0.1",), n=40)))
+    assert "**`tb_recall`, `ValueNorm:recent=64`**" in section(text, "Verdict")
+    assert "| `ValueNorm:recent=64` | 0.1 |" in section(text, "Tables")
+    assert "- Method `ValueNorm`: `./value_norm.py:ValueNorm`." in section(text, "How it was measured")
+    assert text.count("value_norm.py") == 2, "there and in the command"
 
 
 def test_every_row_has_n_interval_and_relative_change(tmp_path: Path) -> None:

@@ -215,9 +215,36 @@ def test_one_cluster_or_one_sample_gives_no_interval() -> None:
     assert stats.score_interval(np.array([0.5])) is None
 
 
-@pytest.mark.parametrize(("low", "high", "verdict"), [(-0.2, -0.1, "loss"), (0.1, 0.2, "gain"), (-0.1, 0.0, "open")])
-def test_verdict(low: float, high: float, verdict: str) -> None:
-    assert stats.Difference(0.0, stats.Interval(low, high, ""), 0.5, "", 9, 9, 0, 0).verdict == verdict
+@pytest.mark.parametrize(
+    ("low", "high", "p", "verdict"),
+    [
+        (-0.2, -0.1, 0.049, "loss"), (0.1, 0.2, 0.049, "gain"), (-0.1, 0.0, 0.049, "open"), (-0.2, -0.1, 0.05, "open"),
+        (0.1, 0.2, 0.25, "open"), (-0.2, -0.1, None, "loss"), (-0.1, 0.1, None, "open"),
+    ],
+)  # fmt: skip
+def test_verdict(low: float, high: float, p: float | None, verdict: str) -> None:
+    """Interval and p both; without a p the interval alone."""
+    assert stats.Difference(0.0, stats.Interval(low, high, ""), p, "", 9, 9, 0, 0).verdict == verdict
+
+
+def test_two_samples_establish_nothing() -> None:
+    """0/2 against 2/2: the interval excludes 0, the mid-p value is 0.25."""
+    found = stats.paired_difference(np.zeros(2), np.ones(2))
+    assert found.interval is not None
+    assert found.interval.high < 0
+    assert found.p == 0.25
+    assert found.verdict == "open"
+
+
+def test_one_definition_of_established() -> None:
+    """Legend, report and docs quote the one text."""
+    from pathlib import Path
+
+    from kvcli.analysis import wording
+
+    docs = Path(__file__).resolve().parents[2] / "docs" / "statistics.md"
+    assert stats.ESTABLISHED in " ".join(docs.read_text(encoding="utf-8").split())
+    assert stats.ESTABLISHED in wording.MEANING[wording.ESTABLISHED]
 
 
 def test_newcombe_covers() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvcli.analysis import stats, tables, wording
+from kvcli.analysis import names, stats, tables, wording
 from kvcli.analysis.load import Run, load_run
 from kvcli.analysis.tables import CellSummary, TaskTable, summarise
 from kvcli.cli.tables import as_json
@@ -173,12 +173,40 @@ def test_no_warning_where_all_is_well(tmp_path: Path) -> None:
     assert all(not t.warnings for t in summarise(load_run(build(tmp_path / "run", Spec(n=40)))))
 
 
-def test_over_budget_is_marked_and_not_ranked(tmp_path: Path) -> None:
+def test_over_budget_is_marked_and_keeps_its_verdict(tmp_path: Path) -> None:
     table = summarise(load_run(build(tmp_path / "run", Spec(TASKS[2:3], METHODS[7:8], ("0.1", "0.5")))))[0]
     tight, loose = only(table, "shotkv", "0.1"), only(table, "shotkv", "0.5")
-    assert (tight.over_budget, tight.ranked, loose.over_budget, loose.ranked) == (True, False, False, True)
+    assert (tight.over_budget, loose.over_budget, tight.verdict) == (True, False, "loss")
     assert "o" in wording.marks(tight, table.full)
     assert "@0.18" in terminal([table], 80)
+
+
+def test_file_methods_are_shown_by_their_class(tmp_path: Path) -> None:
+    lines = lines_of("full", [1.0] * 3)
+    lines += lines_of("./value_norm.py:ValueNorm:recent=64", [1.0] * 3, cell="a")
+    lines += lines_of("./value_norm.py:ValueNorm+kivi", [1.0] * 3, cell="b", decode={"ratio": "same"})
+    (table,) = summarise(run_of(tmp_path, lines))
+    assert [row.label for row in table.rows] == ["ValueNorm:recent=64", 'ValueNorm+kivi [decode {"ratio": "same"}]']
+    shown = terminal([table], 120)
+    assert "ValueNorm:recent=64" in shown
+    assert "value_norm.py" not in shown
+    assert as_json([table])[0]["cells"][0]["method"] == "./value_norm.py:ValueNorm:recent=64"
+
+
+@pytest.mark.parametrize(
+    ("methods", "shown"),
+    [
+        (["./a.py:V", "./a.py:V:w=1", "snapkv"], ["V", "V:w=1", "snapkv"]),
+        (["./a.py:V:w=1", "./b.py:V:w=2"], ["./a.py:V:w=1", "./b.py:V:w=2"]),
+        (["./a.py:V", "kvpress:V"], ["V", "kvpress:V"]),
+        (["./a.py:V", "V"], ["./a.py:V", "V"]),
+        (["./a.py:snapkv"], ["./a.py:snapkv"]),
+        (["not a|method"], ["not a|method"]),
+        (["./my dir/a.py:V:w='x y'+kivi:bits=2"], ["V:w='x y'+kivi:bits=2"]),
+    ],
+)
+def test_short_names_stay_unambiguous(methods: list[str], shown: list[str]) -> None:
+    assert list(names.shown(methods).values()) == shown
 
 
 def test_terminal_matches_golden(tmp_path: Path) -> None:

@@ -75,6 +75,21 @@ def test_backends_agree_with_the_reference(backend: str, dim: int, size: int, mo
             torch.testing.assert_close(sums[name], true_sums[name], atol=atol * 10, rtol=0)
 
 
+@pytest.mark.parametrize("backend", ["blockwise", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_column_sums_of_16_bit_models_are_exact(backend: str, dtype: torch.dtype) -> None:
+    """Large logits: rounding them to 16 bit would move sums by percents, or overflow."""
+    generator = torch.Generator().manual_seed(0)
+    query = (torch.randn(1, 2, 200, 64, generator=generator) + 5).to(dtype)
+    key = (torch.randn(1, 2, 200, 64, generator=generator) + 5).to(dtype)
+    weights = {"all": torch.ones(1, 200)}
+    _, sums = backends.prefill(query, key, key, 64**-0.5, weights, backend)
+    _, truth = reference.prefill(query, key, key, 64**-0.5, weights)
+    assert sums["all"].dtype == torch.float32
+    rtol = 1e-4 if backend == "blockwise" else 5e-2  # the fused kernel's logsumexp is of 16-bit scores
+    torch.testing.assert_close(sums["all"], truth["all"], rtol=rtol, atol=1e-3)
+
+
 def test_decode_of_several_tokens_over_padded_rows_agrees_with_the_reference() -> None:
     query, key, value = random_qkv(torch.float64, size=9, dim=16)
     query = query[:, :, -3:]

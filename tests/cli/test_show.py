@@ -75,6 +75,85 @@ def test_json(kvcli, folder):
     assert facts["cells"][0]["method"] == "full"
 
 
+@pytest.fixture
+def two_prompts(folder: Path, record) -> Path:
+    """The sample of `folder` once more with no shots: another, shorter prompt."""
+    with RunStore(folder) as store:
+        with store.edit_run() as run:
+            run["cells"] = {cell: {"shot_seed": 0} for cell in ("cf", "c1", "c2", "c3", "z1", "zf", "zx")}
+        prompt = dict(sha="q", task="tb_recall", sample_id="s1", n=5)
+        regions = [["special", 0, 1], ["question", 1, 5]]
+        store.add_prompt({**prompt, "text": "What is the key?", "offsets": [0, 4, 7, 11, 16], "regions": regions})
+        facts = dict(shots=0, target="blue", prompt_sha="q", n_prompt=5, output="blue")
+        store.append(record("zf", "s1", method="full", ratio=None, **facts))
+        store.append(record("z1", "s1", method="snapkv", ratio=0.1, **facts))
+        failed = dict(shots=0, target="blue", status="error", error="ValueError: x", score=None, output=None)
+        store.append(record("zx", "s1", method="h2o", ratio=0.1, **failed))
+        store.keep_map("tb_recall", "s1", "z1", [[2, 4]] * 2)
+    return folder
+
+
+def test_each_prompt_of_a_sample_is_shown_with_its_own_cells(kvcli, two_prompts):
+    done = kvcli("show", two_prompts, "--task", "tb_recall", "--sample", "s1")
+    assert done.code == 0
+    first, second = done.out.split("--- prompt 2 of 2: 2 shots ---\n")
+    assert first.startswith("--- prompt 1 of 2: 0 shots ---\n")
+    assert "target: blue" in first and "target: red" not in first
+    assert "snapkv ratio 0.1: 2.0 of 5 tokens kept" in first
+    assert "[question: 50 % kept]\n···· is ··· key?" in first
+    assert "failed: ValueError: x" in first, "a failed record names no prompt: it goes by its shots"
+    assert "target: red" in second and "target: blue" not in second
+    assert "snapkv ratio 0.1: 2.2 of 9 tokens kept" in second
+    assert "The ··· ·· ····" in second
+    assert done.err.count("next:") == 1
+
+
+def test_json_of_several_prompts_is_a_list_of_them(kvcli, two_prompts):
+    facts = json.loads(kvcli("show", two_prompts, "--task", "tb_recall", "--sample", "s1", "--json").out)
+    assert list(facts) == ["task", "sample_id", "prompts"]
+    zero, two = facts["prompts"]
+    assert (zero["prompt_sha"], zero["shots"], zero["shot_seed"], zero["target"]) == ("q", 0, 0, "blue")
+    assert zero["prompt"]["text"] == "What is the key?"
+    assert [cell["cell_id"] for cell in zero["cells"]] == ["zf", "zx", "z1"]
+    assert {cell["cell_id"]: cell["kept_share"] for cell in zero["cells"]}["z1"] == [0, 0, 1, 0, 1]
+    assert (two["prompt_sha"], two["prompt"]["text"], two["target"]) == ("p", TEXT, "red")
+
+
+def test_prompts_that_differ_by_shot_seed_are_told_apart(kvcli, two_prompts, record):
+    with RunStore(two_prompts) as store:
+        with store.edit_run() as run:
+            run["cells"]["y1"] = {"shot_seed": 7}
+        prompt = dict(sha="r", task="tb_recall", sample_id="s1", n=1, text="Key?", offsets=[4])
+        store.add_prompt({**prompt, "regions": [["question", 0, 1]]})
+        store.append(record("y1", "s1", prompt_sha="r", n_prompt=1))
+    done = kvcli("show", two_prompts, "--task", "tb_recall", "--sample", "s1")
+    heads = [line for line in done.out.splitlines() if line.startswith("---")]
+    assert heads == [
+        "--- prompt 1 of 3: 0 shots, shot seed 0 ---",
+        "--- prompt 2 of 3: 2 shots, shot seed 0 ---",
+        "--- prompt 3 of 3: 2 shots, shot seed 7 ---",
+    ]
+
+
+def test_method_and_ratio_filter_the_listings(kvcli, folder):
+    [task] = json.loads(kvcli("show", folder, "--method", "h2o", "--json").out)
+    assert task == {"task": "tb_recall", "samples": 1, "cells": 2, "methods": ["full", "h2o:reduce=max"]}
+    listed = json.loads(kvcli("show", folder, "--task", "tb_recall", "--method", "h2o", "--json").out)
+    assert [(row["sample"], row["cells"]) for row in listed] == [("s1", 2)]
+    listed = json.loads(kvcli("show", folder, "--task", "tb_recall", "--ratio", "0.5", "--json").out)
+    assert [(row["sample"], row["cells"]) for row in listed] == [("s1", 2)]
+    done = kvcli("show", folder, "--method", "h2o:reduce=max", "--ratio", "0.1")
+    assert f"next: kvcli show {folder} --task tb_recall --method h2o:reduce=max --ratio 0.1" in done.err
+
+
+def test_a_file_method_is_found_by_the_name_tables_show(kvcli, folder, record):
+    with RunStore(folder) as store:
+        store.append(record("f1", "s1", method="./value_norm.py:ValueNorm:recent=64", prompt_sha="p", n_prompt=9))
+    for given in ("ValueNorm", "ValueNorm:recent=64", "./value_norm.py:ValueNorm"):
+        [task] = json.loads(kvcli("show", folder, "--method", given, "--json").out)
+        assert task["cells"] == 2, given
+
+
 def test_colours_on_a_terminal(kvcli, folder, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     done = kvcli("show", folder, "--task", "tb_recall", "--sample", "s1", "--method", "snapkv")
@@ -108,6 +187,8 @@ def test_a_harmful_prompt_is_not_shown_unless_stored(kvcli, tmp_path, record):
         (["--task", "tb_recall", "--sample", "s7"], "unknown sample 's7'", "s2"),
         (["--task", "tb_recall", "--sample", "s2", "--method", "h2o"], "no such cell", "snapkv ratio 0.1"),
         (["--task", "tb_recall", "--sample", "s1", "--ratio", "1.5"], "out of range", "kept ratio"),
+        (["--method", "pyramidkv"], "no such cell", "shows what there is"),
+        (["--task", "tb_recall", "--method", "h2o", "--ratio", "0.9"], "no such cell", "shows what there is"),
     ],
 )
 def test_mistakes(kvcli, folder, args, what, fix):

@@ -18,6 +18,7 @@ from kvcli.config import SweepConfig
 from kvcli.engine.generate import Start, StopRules, generate
 from kvcli.engine.runner import question_start
 from kvcli.engine.selecting import select
+from kvcli.errors import KvcliError
 from kvcli.methods import catalog
 from kvcli.methods.context import Context
 from kvcli.models.wrapper import Model, Prefilled
@@ -270,3 +271,76 @@ def test_sample_error_is_a_record_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert outcome.errors == len(bad) == 2
     assert all("the budget is" in r["error"] for r in bad)
     assert sum(r["status"] == "ok" for r in sink.records) == 4
+
+
+def plugin(tmp_path: Path, body: str, extra: str = "") -> str:
+    path = tmp_path / "plugin.py"
+    path.write_text(
+        "import dataclasses, torch\nfrom kvcli.methods.base import Method, Selection\n"
+        f"@dataclasses.dataclass(frozen=True)\nclass P(Method):\n    {extra or 'pass'}\n"
+        f"    def select(self, ctx, budget):\n        {body}\n"
+    )
+    return f"{path}:P"
+
+
+KEEP = "last = torch.arange(ctx.n - budget.per_head, ctx.n)"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (f"{KEEP}; return Selection([last] * ctx.layers, frozenset({{'mine'}}))", "unknown flag mine"),
+        (f"{KEEP}; return Selection([last] * ctx.layers, notes={{'x': last}})", "plain JSON"),
+        (f"{KEEP}; return Selection([last.expand(2, -1)] * ctx.layers, rerotate=True)", "rerotate needs one set"),
+        (f"{KEEP}; return Selection([last[:-1]] * ctx.layers)", "the last prompt token"),
+        (f"{KEEP}; return Selection([last.flip(0)] * ctx.layers)", "not sorted"),
+        (f"{KEEP}; return Selection([last] * 2)", "2 layers selected"),
+    ],
+)
+def test_what_breaks_the_contract_fails_its_own_rows_only(tmp_path: Path, body: str, message: str) -> None:
+    config = SweepConfig(methods=(plugin(tmp_path, body), "h2o"), ratios=("0.5",))
+    prompts = tiny.prompt_set([30])
+    sink, outcome = tiny.run(tiny.tiny_llama(), config, prompts)
+    (bad,) = [r for r in sink.records if r["status"] == "error"]
+    assert message in bad["error"].lower() or message in bad["error"]
+    alone, _ = tiny.run(tiny.tiny_llama(), SweepConfig(methods=("h2o",), ratios=("0.5",)), prompts)
+    good = {key: tiny.same(r) for key, r in sink.by_key().items() if r["status"] == "ok"}
+    assert good == {key: tiny.same(r) for key, r in alone.by_key().items()}
+    assert outcome.errors == 1
+    assert sum(outcome.messages.values()) == 1
+
+
+def test_a_method_that_writes_into_what_all_share_ends_the_run_before_anything_wrong_is_saved(tmp_path: Path) -> None:
+    for body in ("ctx.keys[0].zero_()", "ctx.window_queries[0].mul_(2)", "ctx.column_sums['all'][1].zero_()"):
+        config = SweepConfig(
+            methods=(plugin(tmp_path, body, "needs = lambda self: frozenset({'window:8', 'column_sum'})"), "h2o"),
+            ratios=("0.5",),
+        )
+        sink = tiny.Memory()
+        with pytest.raises(KvcliError, match="writes into ctx"):
+            tiny.run(tiny.tiny_llama(), config, tiny.prompt_set([30, 40]), sink=sink)
+        assert sink.records == []
+
+
+@pytest.mark.parametrize("score", [float("nan"), 7.0, -0.1])
+def test_a_scorer_that_gives_no_share_fails_its_samples_only(score: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvcli.evals.spec import Score
+
+    whole = tiny.AnyTask.score
+    wrong = lambda self, sample, output: Score(score, None) if sample.id == "s0" else whole(self, sample, output)  # noqa: E731
+    monkeypatch.setattr(tiny.AnyTask, "score", wrong)
+    sink, outcome = tiny.run(
+        tiny.tiny_llama(), SweepConfig(methods=("h2o",), ratios=("0.5",)), tiny.prompt_set([30, 40])
+    )
+    assert outcome.errors == 2
+    assert {r["sample_id"] for r in sink.records if r["status"] == "ok"} == {"s1"}
+
+
+def test_a_smaller_limit_measures_no_more_than_asked() -> None:
+    """A command with --limit 1 in a folder whose earlier, larger command did not finish."""
+    model, prompts = tiny.tiny_llama(), tiny.prompt_set([30, 40, 50])
+    plan = tiny.plan_of(SweepConfig(methods=("h2o",), ratios=("0.5",)), prompts)
+    sink = tiny.Memory()
+    tiny.Runner(model, plan, {("any", 3): prompts}, sink, tiny.Options(64), limit=1).run()
+    assert {r["sample_id"] for r in sink.records} == {"s0"}
+    assert len(sink.records) == 2

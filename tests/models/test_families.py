@@ -46,6 +46,40 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "sinks|sliding-window",
     ),
     "mistral": ({**LLAMA_LIKE, "sliding_window": 16, "head_dim": 8}, "sliding-window"),
+    "llama4_text": (
+        {**LLAMA_LIKE, "head_dim": 8, "attention_chunk_size": 64, "num_local_experts": 2, "intermediate_size_mlp": 48},
+        "chunked",
+    ),
+    "bert": (
+        {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "ahead|own",
+    ),
+    "roberta": (
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "is_decoder": True,
+            "pad_token_id": 0,
+        },
+        "its own logits",
+    ),
+    "phi3": (
+        {
+            **LLAMA_LIKE,
+            "pad_token_id": 0,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+                "original_max_position_embeddings": 64,
+            },
+        },
+        "longrope",
+    ),
 }
 
 
