@@ -31,6 +31,13 @@ def files(methods: Iterable[str]) -> dict[str, str]:
     return {name: source for source, name in names.items() if name != source}
 
 
+def spellings(method: str) -> set[str]:
+    """What a user may type for a recorded method: it as recorded and as shown, with and without its settings."""
+    parsed = _parsed(method)
+    bare = method if parsed is None else str(MethodText(tuple(Part(part.source) for part in parsed.parts)))
+    return {text for name in (method, bare) for text in (name, *shown([name]).values())}
+
+
 def _parsed(text: str) -> MethodText | None:
     """None where the text is not that of one method."""
     try:

@@ -20,8 +20,8 @@ FIGURES = "figures"
 """Folder beside the report whose pictures it shows."""
 
 OVER_BUDGET = (
-    "Over budget = the method kept more than was asked for, in some samples at least. A loss is a loss all the same, but "
-    "such a cell is not ranked: compare it with other methods at its measured ratio only"
+    "Over budget = the method kept more than was asked for, in some samples at least. A loss is a loss all the same, "
+    "but such a cell is not ranked: compare it with other methods at its measured ratio only"
 )
 FIRST_TOKEN = {
     "compressed": "the first answer token is computed through the compressed cache, like all others",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvcli.analysis import names
 from kvcli.cli import output
 from kvcli.errors import KvcliError, unknown
 from kvcli.grammar import parse_methods, parse_ratios, ratio_text
@@ -94,9 +95,7 @@ def _show_samples(folder: Path, task: str, methods: list[str], ratios: list[Deci
     output.next_command(f"kvcli show {folder} --task {task} --sample {samples[0]['sample']}{more}")
 
 
-def _filtered(
-    records: list[Record], by: str, methods: list[str], ratios: list[Decimal], listing: str
-) -> list[Record]:
+def _filtered(records: list[Record], by: str, methods: list[str], ratios: list[Decimal], listing: str) -> list[Record]:
     """The wanted records and full's beside them, of the tasks or samples that have a wanted one."""
     if not methods and not ratios:
         return records
@@ -139,8 +138,8 @@ def facts_of_sample(folder: Path, task: str, sample: str, methods: list[str], ra
         raise unknown("sample", sample, known, given=f"--sample {sample}", listing=listing)
     chosen = [record for record in records if _wanted(record, methods, ratios)]
     if not chosen:
-        names = sorted({f"{r['method']} {_size(r)}" for r in records})
-        raise KvcliError("no such cell in this folder", given=f"--sample {sample}", fix=f"one of {', '.join(names)}")
+        cells = sorted({f"{r['method']} {_size(r)}" for r in records})
+        raise KvcliError("no such cell in this folder", given=f"--sample {sample}", fix=f"one of {', '.join(cells)}")
     chosen.sort(key=lambda r: (r["method"] != "full", r["ratio"] or 0, r["budget"] or 0, r["method"], r["first_token"]))
     prompts = store.read_prompts(folder)
     groups = [_group(folder, *group, prompts) for group in _by_prompt(folder, chosen, records)]
@@ -186,27 +185,15 @@ def _wanted(record: Record, methods: list[str], ratios: list[Decimal]) -> bool:
 
 def _named(record: Record, methods: list[str], ratios: list[Decimal]) -> bool:
     sized = not ratios or (record["ratio"] is not None and Decimal(str(record["ratio"])) in ratios)
-    return sized and (not methods or any(_same(record["method"], method) for method in methods))
-
-
-def _same(method: str, given: str) -> bool:
-    """True where `given` is the method as recorded or as tables name it (file methods by their class), or either
-    without its settings."""
-    return bool({method, *names.shown([method]).values()} & {given}) or given in _bare(method)
-
-
-def _bare(method: str) -> set[str]:
-    """The method's names without settings."""
-    source = next((str(MethodText(tuple(Part(p.source) for p in m.parts))) for m in parse_methods([method])), method)
-    return {source, *names.shown([source]).values(), method.partition(":")[0]}
+    return sized and (not methods or not names.spellings(record["method"]).isdisjoint(methods))
 
 
 def _cell(record: Record) -> dict[str, Any]:
-    names = (
+    fields = (
         "cell_id", "method", "ratio", "budget", "measured_ratio", "first_token", "shots", "seed", "status", "error",
         "score", "extracted", "output", "finish", "flags", "n_prompt", "kept", "kept_by_region",
     )  # fmt: skip
-    return {name: record.get(name) for name in names}
+    return {name: record.get(name) for name in fields}
 
 
 def _share(folder: Path, record: Record) -> list[float] | None:
@@ -224,6 +211,29 @@ def _share(folder: Path, record: Record) -> list[float] | None:
 
 
 def _show_sample(folder: Path, facts: dict[str, Any], long: bool) -> None:
+    groups = facts.get("prompts") or [facts]
+    for number, group in enumerate(groups, 1):
+        if len(groups) > 1:
+            output.result(f"--- prompt {number} of {len(groups)}: {_label(group, groups)} ---")
+        _show_prompt(group, long)
+    kept = any(cell["kept_share"] and cell["method"] != "full" for group in groups for cell in group["cells"])
+    if kept and not output.colours():
+        output.note("· = fewer than half of the layers and KV heads kept the token (a terminal shows the share)")
+    output.next_command(f"kvcli report {folder}")
+
+
+def _label(group: dict[str, Any], groups: list[dict[str, Any]]) -> str:
+    """Its shots, and what else tells it from the sample's other prompts."""
+    shots = "shots not recorded" if group["shots"] is None else f"{group['shots']} shot{'s' * (group['shots'] != 1)}"
+    parts = [shots]
+    if len({g["shot_seed"] for g in groups}) > 1:
+        parts.append(f"shot seed {group['shot_seed']}")
+    if sum((g["shots"], g["shot_seed"]) == (group["shots"], group["shot_seed"]) for g in groups) > 1:
+        parts.append(f"prompt {(group['prompt_sha'] or 'not recorded')[:12]}")
+    return ", ".join(parts)
+
+
+def _show_prompt(facts: dict[str, Any], long: bool) -> None:
     maps = [cell for cell in facts["cells"] if cell["kept_share"] and cell["method"] != "full"]
     prompt = facts["prompt"]
     if prompt is None or prompt.get("text") is None:
@@ -238,11 +248,8 @@ def _show_sample(folder: Path, facts: dict[str, Any], long: bool) -> None:
     output.result(f"target: {facts['target']}")
     headers = ("method", "size", "measured", "score", "answer", "flags", "output")
     output.result(output.table(headers, [_row(cell, long) for cell in facts["cells"]]))
-    if maps and not output.colours():
-        output.note("· = fewer than half of the layers and KV heads kept the token (a terminal shows the share)")
     if len(maps) > MOST_MAPS:
         output.note(f"{MOST_MAPS} of {len(maps)} kept sets shown: --method and --ratio choose others")
-    output.next_command(f"kvcli report {folder}")
 
 
 def _name(cell: dict[str, Any]) -> str:

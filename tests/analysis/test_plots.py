@@ -127,7 +127,9 @@ def _boxes(figure: Any) -> dict[str, list[Any]]:
         Spec(
             TASKS[:1], METHODS[:3], ("0.1",), n=20, model="some-organisation/A-Rather-Long-Model-Name-8B-Instruct@main"
         ),
-        Spec(TASKS[:2], [FakeMethod(f"./my $methods/mine_{i}$.py:M:w={i},k=7", 0.5) for i in range(14)], ("0.1",), n=10),
+        Spec(
+            TASKS[:2], [FakeMethod(f"./my $methods/mine_{i}$.py:M:w={i},k=7", 0.5) for i in range(14)], ("0.1",), n=10
+        ),
     ],
     ids=["eight-by-nine", "five-tasks", "one-task-long-model", "long-names"],
 )

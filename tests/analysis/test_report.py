@@ -64,12 +64,14 @@ def over_budget_run(folder: Path, tasks: int = 1) -> Path:
     folder.mkdir(parents=True)
     lines = []
     for number in range(tasks):
-        for method, ratio, right in (("full", "1", 24), ("shotkv", "0.1", 3), ("shotkv", "0.3", 19), ("shotkv", "0.5", 24)):
+        for ratio, right in {"1": 24, "0.1": 3, "0.3": 19, "0.5": 24}.items():
+            method = "full" if ratio == "1" else "shotkv"
             for i in range(24):
-                over = ["over_budget"] if (method, ratio, i) == ("shotkv", "0.1", 7) else []
+                flags = ["over_budget"] if (ratio, i) == ("0.1", 7) else []
                 lines.append(record(
                     cell_id=f"{number}{method}{ratio}", sample_id=str(i), task=f"t{number}", method=method, ratio=ratio,
-                    measured_ratio=float(ratio), first_token="compressed", score=float(i < right), extracted="x", flags=over,
+                    measured_ratio=float(ratio), first_token="compressed", score=float(i < right), extracted="x",
+                    flags=flags,
                 ))  # fmt: skip
     write(folder / "samples.jsonl", lines)
     return folder
