@@ -1,12 +1,16 @@
-"""Scores from the attention of the prompt's last queries, shared by SnapKV, PyramidKV and ChunkKV."""
+"""What methods share that rank keys by the attention of the prompt's last queries."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from kvcli.methods.base import Method, Selection, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvcli.cache.budget import Budget
     from kvcli.methods.context import Context
 
 
@@ -26,3 +30,33 @@ def snap_scores(ctx: Context, layer: int, window: int, kernel: int, pooling: str
 
     key = ("snap_scores", layer, window, kernel, pooling, reduce)
     return ctx.once(key, lambda: ctx.per_kv_head(pool(received(ctx, layer, window), kernel, pooling), reduce))
+
+
+@dataclass(frozen=True)
+class WindowMethod(Method):
+    """Keeps the window and, per layer and KV head, the best keys before it; `layer_sizes` says how many."""
+
+    window: int = setting(32, ge=1, help="last queries that vote, always kept")
+    kernel: int = setting(7, ge=1, odd=True, help="pooling width")
+    pool: str = setting("max", choices=("max", "avg"), help="pooling over neighbours")
+    reduce: str = setting("mean", choices=("mean", "max"), help="how query heads of a KV head share one score")
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({f"window:{self.window}"})
+
+    def layer_sizes(self, budget: Budget, window: int) -> list[int]:
+        """Keys kept beyond the window, per layer."""
+        return [max(0, budget.per_head - window)] * budget.layers
+
+    def select(self, ctx: Context, budget: Budget) -> Selection:
+        import torch
+
+        from kvcli.cache.select import join, top_positions
+
+        window, _, flags = budget.protect(self.window)
+        newest = torch.arange(ctx.n - window, ctx.n)
+        kept = []
+        for layer, size in enumerate(self.layer_sizes(budget, window)):
+            scores = snap_scores(ctx, layer, window, self.kernel, self.pool, self.reduce)
+            kept.append(join(top_positions(scores, size), newest))
+        return Selection(kept, flags)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvcli.methods.base import Method, Selection, setting
+from kvcli.methods._window import WindowMethod
+from kvcli.methods.base import setting
 
 if TYPE_CHECKING:
     from kvcli.cache.budget import Budget
-    from kvcli.methods.context import Context
 
 
 @dataclass(frozen=True)
-class PyramidKV(Method):
+class PyramidKV(WindowMethod):
     """SnapKV scores under layer budgets that fall linearly; their sum is exactly the model's budget.
 
     With f = budget - window per layer, the last layer keeps f / beta and the first 2f - f / beta beyond the window;
@@ -29,27 +29,7 @@ class PyramidKV(Method):
     protects = "the observation window, at most half of the mean budget"
 
     window: int = setting(8, ge=1, help="last queries that vote, always kept")
-    kernel: int = setting(7, ge=1, odd=True, help="pooling width")
-    pool: str = setting("max", choices=("max", "avg"), help="pooling over neighbours")
     beta: float = setting(20.0, ge=1.0, help="how much smaller the last layer's budget is than the mean")
-    reduce: str = setting("mean", choices=("mean", "max"), help="how query heads of a KV head share one score")
-
-    def needs(self) -> frozenset[str]:
-        return frozenset({f"window:{self.window}"})
-
-    def select(self, ctx: Context, budget: Budget) -> Selection:
-        import torch
-
-        from kvcli.cache.select import join, top_positions
-        from kvcli.methods._window import snap_scores
-
-        window, _, flags = budget.protect(self.window)
-        newest = torch.arange(ctx.n - window, ctx.n)
-        kept = []
-        for layer, size in enumerate(self.layer_sizes(budget, window)):
-            scores = snap_scores(ctx, layer, window, self.kernel, self.pool, self.reduce)
-            kept.append(join(top_positions(scores, size), newest))
-        return Selection(kept, flags)
 
     def layer_sizes(self, budget: Budget, window: int) -> list[int]:
         """Keys kept beyond the window in each layer; the sum is layers * (budget - window)."""
