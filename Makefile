@@ -66,7 +66,7 @@ demo: .venv ## sweep the testbed model, print the table, draw it into runs/demo
 	@$(BIN)/kvcli sweep --preset demo --out runs/demo
 	$(BIN)/kvcli plot runs/demo
 	$(BIN)/kvcli report runs/demo >/dev/null
-	echo "report: runs/demo/report.md"
+	echo "report: runs/demo/report.md     (. $(BIN)/activate puts kvcli on the PATH)"
 
 test: .venv-dev ## the test suite, without slow tests
 	@$(PYTEST) -m "not slow and not peer and not gpu"

@@ -6,12 +6,13 @@ Draws with matplotlib's Figure directly (Agg and PDF canvases): no pyplot, so no
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from kvcli.analysis.load import Run
 from kvcli.analysis.tables import CellSummary, Row, TaskTable, summarise
@@ -276,7 +277,7 @@ def _draw_panel(ax: Axes, panel: Panel, figure: str, methods: Sequence[str]) -> 
         ax.axhline(panel.chance, color="#555555", linewidth=1.0, linestyle=":", zorder=1.5)
     bands = len(methods) <= BANDS_UP_TO
     for series in panel.series:
-        _draw_series(ax, series, methods.index(series.method), bands)
+        _draw_series(ax, series, _numbers(methods)[series.method], bands)
     ax.set_title(_short(panel.title, 32), loc="left", fontweight="bold", pad=12 if panel.subtitle else 4)
     if panel.subtitle:
         ax.text(0, 1.02, _short(panel.subtitle, 32), transform=ax.transAxes, fontsize=7, color="#555555", va="bottom")
@@ -303,6 +304,26 @@ def _draw_series(ax: Axes, series: Series, number: int, bands: bool) -> None:
         )  # fmt: skip
 
 
+def _numbers(methods: Sequence[str]) -> dict[str, int]:
+    """Number of each method's colour and marker: as far as possible the same in every figure.
+
+    Each name has a slot of its own, drawn from the name; where two want the same, plain names come before those with
+    settings and files, and the later takes the next free one.
+    """
+    found: dict[str, int] = {}
+    for name in sorted(methods, key=lambda m: (not m.replace("_", "").islower(), ":" in m, m)):
+        start = crc32(name.encode()) % len(COLOURS)
+        free = (start + step for step in range(len(methods) + len(COLOURS)))
+        found[name] = next(slot for slot in _wrapped(free, len(found)) if slot not in found.values())
+    return found
+
+
+def _wrapped(slots: Iterable[int], taken: int) -> Iterator[int]:
+    """Slots inside the round of colours that `taken` methods have reached: a colour comes again when all are in use."""
+    round_ = taken // len(COLOURS) * len(COLOURS)
+    return (round_ + slot % len(COLOURS) for slot in slots)
+
+
 def _look(number: int) -> dict[str, Any]:
     turn = number // len(COLOURS)
     return {
@@ -317,7 +338,7 @@ def _legend(sheet: Sheet, methods: Sequence[str]) -> tuple[list[Any], list[str]]
     from matplotlib.lines import Line2D
 
     there = {s.method: s.label for p in sheet.panels for s in p.series}
-    handles: list[Any] = [Line2D([], [], **_look(i)) for i, m in enumerate(methods) if m in there]
+    handles: list[Any] = [Line2D([], [], **_look(_numbers(methods)[m])) for m in methods if m in there]
     labels = [_short(there[m]) for m in methods if m in there]
     others: list[tuple[dict[str, Any], str, bool]] = [
         ({"color": "black", "linestyle": "--"}, "full", any(p.full is not None for p in sheet.panels)),

@@ -14,7 +14,7 @@ ESTABLISHED, NO_ANSWER, INCOMPLETE = "*", "?", "i"
 MEANING = {
     ESTABLISHED: f"established: {stats.ESTABLISHED}; not adjusted for the number of comparisons",
     "n": "noop: some prompts were too short to compress; nothing was evicted from them",
-    "o": "over_budget: protected tokens exceed the budget; compare at the measured ratio only",
+    "o": "over_budget: in some samples protected tokens exceed the budget; compare at the measured ratio only",
     "f": "fallback: the method could not do what its name says at this size",
     "u": "unreachable: this ratio is outside the method's range",
     "s": "simulated: the memory was not really freed",

@@ -109,7 +109,8 @@ def _print_methods(rows: list[Row]) -> None:
     listed = [(r["name"], r["tier"], r["kind"], r["paper"] or None, _settings(r), r["protects"]) for r in rows]
     headers = ("method", "tier", "kind", "paper", "settings (defaults)", "always keeps")
     output.result(output.table(headers, listed))
-    output.note("groups: all, tier1, tier2, ...   with settings: snapkv:window=16   your own: ./mine.py:MyMethod")
+    tiers = ", ".join(f"tier{t}" for t in sorted({r["tier"] for r in rows}) if t)
+    output.note(f"groups: all, {tiers}   with settings: snapkv:window=16   your own: ./mine.py:MyMethod")
     output.next_command("kvcli sweep --model testbed --method tier1 --ratio 0.1,0.3,0.5")
 
 
@@ -123,7 +124,7 @@ def _print_tasks(rows: list[Row]) -> None:
     output.result(output.table(("task", "ability", "metric", "shots", "chance", "suites"), listed))
     output.note("a suite or a pattern names several: --task testbed, --task 'tb_*'   your own: ./mine.yaml")
     if rows:
-        output.next_command(f"kvcli sweep --model testbed --method tier1 --ratio 0.3 --task {rows[0]['name']}")
+        output.next_command("kvcli sweep --model testbed --method tier1 --ratio 0.3 --task tb_recall")
 
 
 def _print_models(rows: list[Row]) -> None:

@@ -208,15 +208,15 @@ def _bar(title: str) -> Iterator[Progress]:
     columns = (
         rich.TextColumn("{task.description}", markup=False),
         rich.BarColumn(),
-        rich.TextColumn("{task.completed}/{task.total}"),
+        rich.TextColumn("{task.fields[count]}"),
         rich.TextColumn("{task.fields[left]}", markup=False, style="cyan"),
         rich.TextColumn("{task.fields[facts]}", markup=False, style="dim"),
     )
     with rich.Progress(*columns, console=console(stderr=True), refresh_per_second=4, redirect_stdout=False) as display:
-        task = display.add_task(title, total=None, left="", facts="")
+        task = display.add_task(title, total=None, left="", facts="", count="")
 
         def draw(done: int, total: int, fields: str, left: str) -> None:
-            display.update(task, completed=done, total=total, facts=fields, left=left)
+            display.update(task, completed=done, total=total, facts=fields, left=left, count=f"{done}/{total}")
 
         outer, _print_above = _print_above, lambda text: display.console.print(Text.from_ansi(text))
         try:

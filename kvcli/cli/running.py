@@ -25,6 +25,9 @@ def one_cell(config: SweepConfig) -> SweepConfig:
         if len(found) > 1:
             fix = f"kvcli sweep, or one of {', '.join(found[:4])}"
             raise KvcliError(f"run takes one {name}", given=", ".join(found), fix=fix)
+    if sizes and methods == ["full"] and not config.methods:
+        fix = f"--method snapkv --ratio {sizes[0]}"
+        raise KvcliError("run needs --method with a ratio or budget", given=sizes[0], fix=fix)
     if not sizes and methods != ["full"]:
         fix = f"--method {methods[0]} --ratio 0.2"
         raise KvcliError("run needs --ratio or --budget", given=f"--method {methods[0]}", fix=fix)
@@ -36,7 +39,7 @@ def perform(config: SweepConfig, passed: dict[str, Any], *, dry_run: bool, json:
     from kvcli.engine.prepare import check
     from kvcli.engine.stop import StopRequest
 
-    with StopRequest(config.max_time) as stop:
+    with StopRequest(config.max_time, say=output.note) as stop:
         quiet_libraries()
         request = check(config)
         _threads(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -108,9 +108,12 @@ class Runner:
         self.outcome = Outcome()
         self.memory = Workspace()
         self.shared: dict[Any, tuple[list[tuple[int, ...]], PrefixCache]] = {}
-        self.seen = 0
+        self.seen = self.total = 0
 
     def run(self) -> Outcome:
+        every = [(self.prompt_sets[b.task, b.shots], b, d.rows) for b in self.plan.batches for d in self._decodes(b)]
+        self.total = sum(self._asked(c, b.start + i) for _, b, rows in every for i, c in rows)
+        self._tick(self.total - sum(self._open(*item) for item in every), "")
         for batch in self.plan.batches:
             if self.outcome.stopped is None:
                 self._prefill_batch(batch)
@@ -125,23 +128,25 @@ class Runner:
         """Whether this command wants a record of the cell for the task's sample of this index."""
         return (self.wanted is None or cell.id in self.wanted) and (self.limit is None or index < self.limit)
 
-    def _missing(self, prompts: PromptSet, batch: PrefillBatch, rows: Iterable[tuple[int, Cell]]) -> bool:
+    def _open(self, prompts: PromptSet, batch: PrefillBatch, rows: Iterable[tuple[int, Cell]]) -> int:
+        """How many of these rows are asked for and have no record yet."""
         asked = ((batch.start + i, cell) for i, cell in rows if self._asked(cell, batch.start + i))
-        return any((cell.id, prompts.samples[i].id) not in self.done for i, cell in asked)
+        return sum((cell.id, prompts.samples[i].id) not in self.done for i, cell in asked)
+
+    def _decodes(self, batch: PrefillBatch) -> Iterator[DecodeBatch]:
+        return batch.decode_batches(self.options.decode_rows)
 
     def anything_missing(self) -> bool:
         """Whether any row of the wanted cells has no record yet."""
         return any(
-            self._missing(self.prompt_sets[b.task, b.shots], b, d.rows)
+            self._open(self.prompt_sets[b.task, b.shots], b, d.rows)
             for b in self.plan.batches
-            for d in b.decode_batches(self.options.decode_rows)
+            for d in self._decodes(b)
         )
 
     def _prefill_batch(self, batch: PrefillBatch) -> None:
         prompts = self.prompt_sets[batch.task, batch.shots]
-        decodes = list(batch.decode_batches(self.options.decode_rows))
-        todo = [d for d in decodes if self._missing(prompts, batch, d.rows)]
-        self._tick(sum(len(d.rows) for d in decodes if d not in todo), batch.task)
+        todo = [d for d in self._decodes(batch) if self._open(prompts, batch, d.rows)]
         if not todo:
             return
         self.outcome.stopped = self.stop(self.outcome.written > 0)
@@ -158,8 +163,9 @@ class Runner:
             self.outcome.stopped = self.stop(self.outcome.written > 0)
             if self.outcome.stopped is not None:
                 return
+            before = self._open(prompts, batch, decode.rows)
             self._decode_batch(prompts, batch, decode, ready, prefill_seconds)
-            self._tick(len(decode.rows), batch.task)
+            self._tick(before, batch.task)
 
     def _prefill(self, prompts: PromptSet, batch: PrefillBatch) -> list[Ready]:
         """The batch's samples after their prefill; those behind the same shared prefix run together."""
@@ -200,7 +206,7 @@ class Runner:
 
     def _tick(self, rows: int, label: str) -> None:
         self.seen += rows
-        self.progress(self.seen, self.plan.records, label)
+        self.progress(self.seen, self.total, label)
 
     def _context(self, dense: Dense, scaling: list[float], prompts: PromptSet, index: int) -> Context:
         prompt, shapes = prompts.prompts[index], self.model.shapes

@@ -22,8 +22,9 @@ class StopRequest:
     main thread, where Python allows no signal handlers, only the time limit counts.
     """
 
-    def __init__(self, max_time: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, max_time: float | None = None, clock: Callable[[], float] = time.monotonic,
+                 say: Callable[[str], None] = lambda text: None) -> None:  # fmt: skip
+        self._clock, self._say = clock, say
         self._deadline = None if max_time is None else clock() + max_time
         self._asked: tuple[Exit, str] | None = None
         self._old: dict[signal.Signals, Any] = {}
@@ -41,11 +42,14 @@ class StopRequest:
         self._old.clear()
 
     def _early(self, number: int, frame: FrameType | None) -> None:
+        if self._asked is None:
+            self._say(f"{signal.Signals(number).name}: finishing the batch in hand")
         self._asked = self._asked or (Exit.STOPPED_EARLY, signal.Signals(number).name)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self._asked and self._asked[0] is Exit.INTERRUPTED:
             raise KeyboardInterrupt
+        self._say("finishing the batch in hand; Ctrl-C again ends at once, what is finished is saved")
         self._asked = (Exit.INTERRUPTED, "Ctrl-C")
 
     def asked(self, progressed: bool = True) -> Exit | None:

@@ -11,6 +11,7 @@ import torch
 from kvcli.attention.capture import Needs
 from kvcli.cache.kv_cache import CompressedCache, Row
 from kvcli.engine.generate import Start, StopRules, end_tokens, generate
+from kvcli.errors import KvcliError
 from kvcli.evals.loader import find_tasks
 from kvcli.evals.spec import Task
 from kvcli.models import loader
@@ -19,6 +20,8 @@ from kvcli.models.source import parse_model
 from kvcli.models.wrapper import Model
 
 BATCH = 20
+ANSWER = 32
+"""Tokens of the longest answer, and a little more."""
 SHORT, FEW = 300, 4
 """Prompts below SHORT tokens have room for FEW examples."""
 
@@ -31,6 +34,11 @@ def measure(
     config = loader.load_config(source)
     tokenizer = loader.load_tokenizer(source)
     model = Model(loader.load_weights(config, source, "float32", "cpu"), tokenizer, name=name)
+    context = config.max_position_embeddings
+    for length in lengths:
+        if length + ANSWER > context:
+            fix = f"--lengths up to {context - ANSWER}"
+            raise KvcliError(f"{length} tokens do not fit {name}, its context is {context}", given=str(length), fix=fix)
     rows: list[dict[str, Any]] = []
     done = 0
     for length in lengths:

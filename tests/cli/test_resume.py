@@ -144,7 +144,7 @@ def test_ctrl_c(kvcli, whole, tmp_path):
 def test_max_time(kvcli, whole, tmp_path, monkeypatch):
     """On a clock that ticks once per question: every turn gets further, until it is done."""
     ticks = itertools.count()
-    monkeypatch.setattr(StopRequest.__init__, "__defaults__", (None, lambda: float(next(ticks))))
+    monkeypatch.setattr(StopRequest.__init__, "__defaults__", (None, lambda: float(next(ticks)), lambda text: None))
     folder, turns = tmp_path / "run", []
     while not turns or turns[-1][0] != 0:
         done = kvcli(*GRID, "--max-time", "9", "--out", folder)
