@@ -228,7 +228,8 @@ class Runner:
             except SharedContextWritten:
                 raise
             except Exception as error:  # a method's fault is that cell's result, not the run's end
-                self._write(error_record(cell, prompts, sample, self._method(cell), error, decode.id))
+                if self._asked(cell, batch.start + i):
+                    self._write(error_record(cell, prompts, sample, self._method(cell), error, decode.id))
         if not choices:
             return
         started = time.perf_counter()
@@ -317,12 +318,11 @@ class Runner:
     ) -> dict[str, Any]:  # fmt: skip
         cell, sample, prompt = choice.cell, prompts.samples[index], prompts.prompts[index]
         full = self.full_outputs.get((f"{cell.task}/{cell.shots}/{cell.first_token}", sample.id))
-        record: dict[str, Any] = ok_record(
+        return ok_record(
             cell=cell, prompts=prompts, sample=sample, prompt=prompt, method=self._method(cell),
             selection=choice.selection, output=output, full=full,
             dims=self.model.shapes.dims, n=choice.context.n, seconds=times, alloc=alloc, batch=decode.id,
         )  # fmt: skip
-        return record
 
     def _write(self, record: dict[str, Any]) -> None:
         key = (record["cell_id"], record["sample_id"])

@@ -49,8 +49,6 @@ FIELDS: dict[str, str] = {
 }
 
 KEY = ("cell_id", "sample_id")
-TIMES = ("seconds",)
-"""Fields in which a repeated run may differ."""
 
 
 def check_record(record: dict[str, Any]) -> None:
