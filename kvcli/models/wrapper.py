@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvcli.attention import backends
 from kvcli.attention.capture import Dense, Needs, Prefill
+from kvcli.attention.decode import decode
 from kvcli.attention.patch import UnsupportedAttention, patched
 from kvcli.cache.kv_cache import CompressedCache
 from kvcli.errors import KvcliError
@@ -77,7 +77,7 @@ class _Decode:
         self.cache = cache
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        return backends.decode(query, key, value, scaling, self.cache.valid(layer))
+        return decode(query, key, value, scaling, self.cache.valid(layer))
 
 
 class Model:

@@ -9,6 +9,7 @@ from transformers import AttentionInterface
 
 from kvcli.attention import backends, reference
 from kvcli.attention.capture import Needs
+from kvcli.attention.decode import decode
 from kvcli.models.wrapper import Model
 from tests.engine import tiny
 
@@ -94,7 +95,7 @@ def test_decode_of_several_tokens_over_padded_rows_agrees_with_the_reference() -
     query, key, value = random_qkv(torch.float64, size=9, dim=16)
     query = query[:, :, -3:]
     valid = torch.rand(2, 2, 6, generator=torch.Generator().manual_seed(1)) > 0.4
-    out = backends.decode(query, key, value, 0.25, valid)
+    out = decode(query, key, value, 0.25, valid)
     seen = torch.ones(2, 2, 9, dtype=torch.bool)
     seen[:, :, :6] = valid
     visible = seen.repeat_interleave(2, 1)[:, :, None, :] & reference.causal(3, 9)
