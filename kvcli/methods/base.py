@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kvcli.methods.context import Context
+    from kvcli.methods.generating import Generating
 
 
 def setting(
@@ -76,14 +77,39 @@ class Method(ABC):
     """False: it may evict the last prompt token; then only `--first-token prefill` can be measured."""
     seeded: ClassVar[bool] = False
     """True when the selection is random: the cells of other seeds differ."""
+    decoding: ClassVar[str] = ""
+    """How generated tokens are compressed: `unified` (prompt and answer share one pool), `separate` (the prompt's part
+    stays as it was selected) or not at all."""
+    decode_reads: ClassVar[bool] = True
+    """Whether it reads the attention of every new query while generating."""
 
     def needs(self) -> frozenset[str]:
-        """Statistics of the prefill it reads: 'column_sum', 'column_sum:question', 'window:W'."""
+        """Statistics of the prefill it reads: 'column_sum', 'column_sum:question', 'window:W', 'reconstruction'."""
         return frozenset()
 
     @abstractmethod
     def select(self, ctx: Context, budget: Budget) -> Selection:
         """Kept positions of one prompt under `budget`; must not modify ctx."""
+
+    def decodes(self) -> bool:
+        """Whether it compresses generated tokens with these settings."""
+        return bool(self.decoding)
+
+    def decode_least(self) -> int:
+        """Generated tokens it never goes below where they have a cap of their own (`separate`)."""
+        return 1
+
+    def decode_start(self, ctx: Context, layer: int) -> dict[str, Tensor]:
+        """Its figures for the prompt's keys as generation begins: name -> [X, n, ...], X any number of heads."""
+        return {}
+
+    def decode_update(self, view: Generating) -> None:  # noqa: B027  (most methods keep nothing)
+        """Takes the newest query's attention into `view.state`, in place."""
+
+    def decode_rank(self, view: Generating) -> Tensor:
+        """[R, H_kv, S] float: what ranks lowest among the competing pairs leaves first, +inf never; of equal ones the
+        newest leaves. Other slots may hold anything."""
+        raise NotImplementedError(f"{type(self).__name__} does not compress generated tokens")
 
     def settings(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -95,6 +121,7 @@ class Method(ABC):
             "name": cls.name, "title": cls.title, "paper": cls.paper, "tier": cls.tier, "kind": cls.kind,
             "phases": list(cls.phases), "budget_scope": cls.budget_scope, "domain": dataclasses.asdict(cls.domain),
             "sharing": cls.sharing, "protects": cls.protects, "seeded": cls.seeded,
+            "decoding": cls.decoding or None,
             "settings": [
                 {"name": f.name, "default": f.default, **{k: v for k, v in f.metadata.items() if v is not None}}
                 for f in dataclasses.fields(cls)

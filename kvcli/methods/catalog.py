@@ -17,7 +17,7 @@ from kvcli.errors import KvcliError, unknown
 from kvcli.grammar import MethodText, Part, parse_methods
 from kvcli.methods.base import Method
 
-_NOT_METHODS = {"__init__", "base", "catalog", "context"}
+_NOT_METHODS = {"__init__", "base", "catalog", "context", "generating"}
 
 
 @cache

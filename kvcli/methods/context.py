@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,6 +43,8 @@ class Context:
     """Text of one token, white space included, for cutting passages into sentences."""
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What `once` has made; shared by all cells of the prompt."""
+    passes: Mapping[str, Callable[[], Any]] = field(default_factory=dict, repr=False)
+    """Extra passes over this prompt that the engine runs when a method asks for one, by name."""
 
     @property
     def layers(self) -> int:
@@ -74,6 +76,14 @@ class Context:
             with torch.inference_mode():
                 self._made[key] = make()
         return self._made[key]
+
+    def extra(self, name: str) -> Any:
+        """What an extra pass of the model over this prompt gives, run at most once per prompt.
+
+        'reconstruction': per layer [H_kv, n] float32, the most attention each key received while the model repeated
+        the prompt (kvcli.models.passes). A method must name it in `needs()`.
+        """
+        return self.once(("pass", name), self.passes[name])
 
     def per_kv_head(self, score: Tensor, reduce: str = "mean") -> Tensor:
         """[H, ...] -> [H_kv, ...]: mean or max over each group of query heads that share a KV head."""
