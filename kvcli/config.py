@@ -39,7 +39,14 @@ class SweepConfig:
     first_token: tuple[str, ...] = ("compressed",)
     full: bool = True
     strict_window: bool = False
+    decode_ratios: tuple[str, ...] = ("off",)
+    decode_budgets: tuple[int, ...] = ()
+    decode_interval: int = 1
+    cap: str = "grow"
 
+    temperature: float = 0.0
+    top_p: float = 1.0
+    draws: int = 1
     max_new_tokens: int | None = None
     max_prompt_tokens: int | None = None
     ignore_eos: bool = False
@@ -53,6 +60,8 @@ class SweepConfig:
     decode_batch: int | None = None
     memory: str | None = None
     max_time: float | None = None
+    deterministic: bool = False
+    fidelity: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
@@ -78,7 +87,10 @@ class SweepConfig:
         return cls.from_dict(read_yaml(path), given=str(path))
 
 
-GRID = ("methods", "ratios", "budgets", "tasks", "shots", "seeds", "first_token", "limit", "full")
+GRID = (
+    "methods", "ratios", "budgets", "tasks", "shots", "seeds", "first_token", "limit", "full",
+    "decode_ratios", "decode_budgets", "decode_interval", "cap", "draws",
+)  # fmt: skip
 """Settings that may grow inside one result folder."""
 
 HOUSEKEEPING = (
@@ -91,6 +103,8 @@ HOUSEKEEPING = (
     "memory",
     "max_time",
     "max_prompt_tokens",
+    "deterministic",
+    "fidelity",
 )
 """Settings that change no result."""
 

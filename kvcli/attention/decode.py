@@ -7,32 +7,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def decode(query: Tensor, key: Tensor, value: Tensor, scaling: float, valid: Tensor | None) -> Tensor:
+def decode(query: Tensor, key: Tensor, value: Tensor, scaling: float, visible: Tensor | None) -> Tensor:
     """Attention of Q new tokens over a compressed cache and themselves.
 
-    query [R, H, Q, D]; key, value [R, H_kv, S, D], the new tokens' own the last Q; valid [R, 1 or H_kv, S - new] marks
-    the slots of the compressed part that hold a kept pair (None: all do); slots after it are always valid.
-    Returns [R, H, Q, D].
+    query [R, H, Q, D]; key, value [R, H_kv, S, D] with the new tokens' own among the slots; visible bool
+    [R or 1, 1 or H_kv, Q, S]: the slots each new token sees (None: all). Returns [R, H, Q, D].
     """
     rows, heads, new, dim = query.shape
-    kv_heads, size = key.shape[1], key.shape[2]
+    kv_heads = key.shape[1]
     group = heads // kv_heads
     packed = query.reshape(rows, kv_heads, group * new, dim)
-    mask = None
-    if valid is not None:
-        mask = F.pad(valid, (0, size - valid.shape[-1]), value=True)[:, :, None, :]
-    if new > 1:
-        causal = torch.ones(new, size, dtype=torch.bool, device=query.device).tril(size - new)
-        mask = causal if mask is None else mask & causal
-        mask = mask.repeat(*([1] * (mask.dim() - 2)), group, 1)
-    elif query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64):
-        return _one_token(packed, key, value, scaling, mask).reshape(rows, heads, new, dim)
+    if new == 1 and query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64):
+        return _one_token(packed, key, value, scaling, visible)[0].reshape(rows, heads, new, dim)
+    mask = visible if visible is None or new == 1 else visible.repeat(1, 1, group, 1)
     out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(rows, heads, new, dim)
 
 
-def _one_token(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
-    """Attention of few queries over long keys, bound by reading the cache once: [R, H_kv, G, D] -> the same.
+def decode_with_weights(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, visible: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As `decode` for one new token, and its attention over the slots: [R, H, 1, D] and [R, H, S], float32 at least."""
+    rows, heads, _, dim = query.shape
+    kv_heads = key.shape[1]
+    packed = query.reshape(rows, kv_heads, heads // kv_heads, dim)
+    if query.dtype in (torch.float16, torch.bfloat16):  # 16-bit logits would round the weights by percents
+        packed, key = packed.float(), key.float()
+    out, weights = _one_token(packed, key, value, scaling, visible)
+    return out.to(query.dtype).reshape(rows, heads, 1, dim), weights.view(rows, heads, -1)
+
+
+def _one_token(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, visible: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of few queries over long keys, bound by reading the cache once: [R, H_kv, G, D] -> the same, and the
+    weights [R * H_kv, G, S].
 
     K q^T instead of q K^T and no other copy of the cache: on a CPU up to twice as fast as the fused kernel, which is
     made for many queries.
@@ -41,10 +50,11 @@ def _one_token(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: 
     size = key.shape[2]
     scores = torch.bmm(_rows(key), query.reshape(rows * kv_heads, group, dim).transpose(1, 2))
     scores = scores.transpose(1, 2).contiguous().mul_(scaling)
-    if mask is not None:
-        by_row = scores.view(rows, kv_heads, group, size)
-        by_row.masked_fill_(~mask, float("-inf"))
-    return torch.bmm(scores.softmax(-1), _rows(value)).view(rows, kv_heads, group, value.shape[-1])
+    if visible is not None:
+        scores.view(rows, kv_heads, group, size).masked_fill_(~visible, float("-inf"))
+    weights = scores.softmax(-1)
+    out = torch.bmm(weights.to(value.dtype), _rows(value))
+    return out.view(rows, kv_heads, group, value.shape[-1]), weights
 
 
 def _rows(x: Tensor) -> Tensor:

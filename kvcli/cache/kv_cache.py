@@ -1,183 +1,72 @@
-"""Caches behind transformers' `Cache`: rows of one batch hold only what was kept, and know their true positions."""
+"""Caches behind transformers' `Cache`: rows of one batch hold only what was kept, whatever their lengths."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-STORED_BYTES = 2
-"""Payload is counted in 16-bit elements whatever the compute dtype."""
-
-Kept = Sequence[Tensor | list[Tensor]]
-"""Per layer: [K], [H_kv, K] or a list of H_kv position tensors."""
+from kvcli.cache.fill import Fill
+from kvcli.cache.rows import Row, place
+from kvcli.cache.workspace import Workspace
 
 
-@dataclass
-class Row:
-    """One row to decode: whose keys and values it forks, and which positions of them it keeps.
+class Slots(Protocol):
+    """Which slots of a layer hold pairs and where new ones go: `Fill` (only grows) or `Pool` (evicts)."""
 
-    keys, values: per layer [H_kv, n, D], views of the dense prefill; nothing is copied before `CompressedCache`.
-    rotate: if given, moves kept keys: (layer, keys [H_kv, K, D], old positions, new positions) -> keys.
-    """
+    @property
+    def slots(self) -> int: ...
 
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
-    kept: Kept
-    rotate: Any = None
+    def used(self, new: int) -> int: ...
 
+    def take(self, new: int) -> Tensor: ...
 
-def head_positions(kept: Tensor | list[Tensor], kv_heads: int) -> list[Tensor]:
-    """One position tensor per KV head, whatever form a layer's kept set has."""
-    if isinstance(kept, list):
-        return kept
-    return [kept] * kv_heads if kept.dim() == 1 else list(kept)
+    def visible(self, new: int) -> Tensor | None: ...
 
+    def advance(self, new: int) -> None: ...
 
-def kept_counts(kept: Kept, kv_heads: int) -> list[list[int]]:
-    """KV pairs per layer and KV head."""
-    return [[len(p) for p in head_positions(layer, kv_heads)] for layer in kept]
+    def release(self, rows: Sequence[int]) -> None: ...
 
-
-def payload_bytes(kept: Kept, dims: Sequence[tuple[int, int]]) -> int:
-    """16-bit bytes of the kept pairs; dims: (H_kv, key width + value width) per layer."""
-    return sum(
-        sum(len(p) for p in head_positions(layer, heads)) * width * STORED_BYTES
-        for layer, (heads, width) in zip(kept, dims, strict=True)
-    )
-
-
-class Workspace:
-    """Memory for caches that live one after the other, so that none pays for fresh pages.
-
-    A cache built on it is valid until the next one is.
-    """
-
-    def __init__(self) -> None:
-        self._flat: Tensor | None = None
-        self._used = 0
-
-    def start(self, elements: int, like: Tensor) -> None:
-        """Begins a new cache of so many elements; what the one before held is given up."""
-        flat = self._flat
-        if flat is None or flat.numel() < elements or flat.dtype != like.dtype or flat.device != like.device:
-            self._flat = None  # freed before the larger one is asked for
-            self._flat = like.new_empty(elements + elements // 4)  # the next one may be a little larger
-        self._used = 0
-
-    def take(self, *shape: int) -> Tensor:
-        """A tensor of this shape; its content is whatever was there, to be written before it is read."""
-        assert self._flat is not None
-        start, self._used = self._used, self._used + math.prod(shape)
-        return self._flat[start : self._used].view(shape)
+    def reformed(self, keep: Sequence[int], entering: Any) -> Slots: ...
 
 
 class KeptLayer(CacheLayerMixin):
-    """Keys and values [R, H_kv, slots, D] of one layer, right-aligned, with room for new tokens.
-
-    valid [R, 1 or H_kv, filled at build]: which slots hold a kept pair; None when all do.
-    """
+    """Keys and values [R, H_kv, S, D] of one layer. Slots are filled from the left; `slots` knows how far."""
 
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, keys: Tensor, values: Tensor, valid: Tensor | None, used: int, room: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, slots: Slots) -> None:
         super().__init__()
-        self._keys, self._values = keys, values
-        self.valid, self.used, self.room = valid, used, room
+        self._keys, self._values, self.slots = keys, values, slots
         self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
-
-    @classmethod
-    def gather(cls, rows: Sequence[Row], layer: int, room: int, memory: Workspace) -> KeptLayer:
-        first = rows[0].keys[layer]
-        kv_heads = first.shape[0]
-        kept = [head_positions(row.kept[layer], kv_heads) for row in rows]
-        lengths = [[len(p) for p in heads] for heads in kept]
-        slots = max(max(row) for row in lengths)
-        keys = memory.take(len(rows), kv_heads, slots + room, first.shape[-1])
-        values = memory.take(len(rows), kv_heads, slots + room, rows[0].values[layer].shape[-1])
-        for r, row in enumerate(rows):
-            _place(keys[r], row.keys[layer], row.kept[layer], kept[r], slots)
-            _place(values[r], row.values[layer], row.kept[layer], kept[r], slots)
-            if row.rotate is not None:
-                count = lengths[r][0]
-                part = keys[r, :, slots - count : slots]
-                part.copy_(row.rotate(layer, part, kept[r][0]))
-        return cls(keys, values, _valid(lengths, slots, first.device), slots, room)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the layer is built full."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         new = key_states.shape[-2]
-        if new > self.room:
-            raise RuntimeError("no room left for new tokens in this cache")
-        self._keys[:, :, self.used : self.used + new] = key_states
-        self._values[:, :, self.used : self.used + new] = value_states
-        self.used, self.room = self.used + new, self.room - new
-        return self._keys[:, :, : self.used], self._values[:, :, : self.used]
+        index = self.slots.take(new)[..., None]
+        for stored, states in ((self._keys, key_states), (self._values, value_states)):
+            stored.scatter_(2, index.expand(*states.shape), states)
+        used = self.slots.used(new)
+        return self._keys[:, :, :used], self._values[:, :, :used]
 
     def get_seq_length(self) -> int:
-        return self.used
+        return self.slots.used(0)
 
     def get_max_length(self) -> int:
-        return self.used + self.room
+        return self._keys.shape[2]
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.2x
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.used + query_length, 0
-
-    def select_rows(self, rows: Sequence[int]) -> None:
-        """Ascending rows move to the front, in place."""
-        for stored in (self._keys, self._values):
-            for to, row in enumerate(rows):
-                if to != row:
-                    stored[to, :, : self.used].copy_(stored[row, :, : self.used])
-        self._keys, self._values = self._keys[: len(rows)], self._values[: len(rows)]
-        self.valid = None if self.valid is None else self.valid[torch.tensor(rows, device=self.device)]
+        return self.slots.used(query_length), 0
 
     def nbytes(self) -> int:
         return self._keys.nbytes + self._values.nbytes
-
-
-def _place(out: Tensor, dense: Tensor, form: Tensor | list[Tensor], heads: list[Tensor], slots: int) -> None:
-    """Copies kept pairs of [H_kv, n, D] to the right end of out[:, :slots]; zeroes the slots before them."""
-    device = dense.device
-    for head, positions in enumerate(heads):
-        if len(positions) < slots:
-            out[head, : slots - len(positions)].zero_()
-    if not isinstance(form, list) and form.dim() == 1:
-        if len(form) == dense.shape[1]:
-            out[:, slots - len(form) : slots] = dense
-        else:
-            torch.index_select(dense, 1, form.to(device), out=out[:, slots - len(form) : slots])
-        return
-    for head, positions in enumerate(heads):
-        torch.index_select(dense[head], 0, positions.to(device), out=out[head, slots - len(positions) : slots])
-
-
-def _valid(lengths: list[list[int]], slots: int, device: torch.device) -> Tensor | None:
-    if all(count == slots for row in lengths for count in row):
-        return None
-    same = all(len(set(row)) == 1 for row in lengths)
-    counts = torch.tensor([row[:1] if same else row for row in lengths], device=device)
-    return torch.arange(slots, device=device) >= slots - counts[:, :, None]
-
-
-def _elements(rows: Sequence[Row], room: int) -> int:
-    """Elements of all layers' padded keys and values."""
-    total = 0
-    for layer, (keys, values) in enumerate(zip(rows[0].keys, rows[0].values, strict=True)):
-        heads = keys.shape[0]
-        slots = max(len(p) for row in rows for p in head_positions(row.kept[layer], heads))
-        total += len(rows) * heads * (slots + room) * (keys.shape[-1] + values.shape[-1])
-    return total
 
 
 class CompressedCache(Cache):
@@ -186,20 +75,95 @@ class CompressedCache(Cache):
     Lengths are physical; positions are given to the model by the caller, so RoPE goes on at the true place.
     """
 
-    def __init__(self, rows: Sequence[Row], room: int, memory: Workspace | None = None) -> None:
-        """room: new tokens per row that will fit. memory: reused by one cache after the other."""
-        memory = memory or Workspace()
-        memory.start(_elements(rows, room), rows[0].keys[0])
-        super().__init__(layers=[KeptLayer.gather(rows, layer, room, memory) for layer in range(len(rows[0].keys))])
+    def __init__(self, rows: Sequence[Row], room: int | Sequence[int], memory: Workspace | None = None) -> None:
+        """room: new tokens that will fit, for all rows or per row. memory: reused by one cache after the other; a cache
+        is valid until the next one is made on it."""
+        self.memory = memory or Workspace()
+        layers = []
+        rooms = [room] * len(rows) if isinstance(room, int) else list(room)
+        for layer, fill in enumerate(self.filled(rows, rooms)):
+            keys, values = self._tensors(layer, rows[0], len(rows), fill.slots)
+            _write(keys, values, layer, rows)
+            layers.append(KeptLayer(keys, values, fill))
+        super().__init__(layers=layers)
 
-    def valid(self, layer: int) -> Tensor | None:
-        return self.layers[layer].valid
+    def filled(self, rows: Sequence[Row], rooms: Sequence[int]) -> Sequence[Slots]:
+        """Per layer how full the new rows are; layers of equal lengths share one."""
+        made: dict[tuple[tuple[int, ...], ...], Fill] = {}
+        fills = []
+        for layer in range(rows[0].layers):
+            lengths = [row.lengths(layer) for row in rows]
+            key = tuple(map(tuple, lengths))
+            if key not in made:
+                made[key] = Fill.of(lengths, rooms, rows[0].keys[layer].device)
+            fills.append(made[key])
+        return fills
 
-    def select_rows(self, rows: Sequence[int]) -> None:
-        """Keeps these rows of the batch, given in ascending order."""
-        for layer in self.layers:
-            layer.select_rows(rows)
+    reads_attention = False
+    """Whether `settle` wants the attention of each new token."""
+
+    def begin(self, positions: Tensor) -> None:
+        """Before a forward pass: the true positions [R, new] of its tokens."""
+
+    def settle(self, layer: int, attention: Tensor | None) -> None:
+        """After a layer's attention of one new token: [R, H, used] float32 where `reads_attention`."""
+
+    def visible(self, layer: int, new: int) -> Tensor | None:
+        """bool [R, 1 or H_kv, new, used]: which slots each of the new tokens sees; None: all of them."""
+        return self.layers[layer].slots.visible(new)
+
+    def advance(self, new: int) -> None:
+        """After a forward pass of `new` tokens: they stay. A negative number takes the newest back."""
+        for slots in {id(layer.slots): layer.slots for layer in self.layers}.values():
+            slots.advance(new)
+
+    def release(self, rows: Sequence[int]) -> None:
+        """These rows of the batch have ended."""
+        for slots in {id(layer.slots): layer.slots for layer in self.layers}.values():
+            slots.release(rows)
+
+    def held(self, row: int) -> int | None:
+        """KV pairs the row holds over all layers and heads, where some of them left while generating; else None."""
+        return None
+
+    def reform(self, keep: Sequence[int], rows: Sequence[Row], room: Sequence[int]) -> None:
+        """The batch becomes the rows of `keep` (ascending) and, behind them, new ones with their room."""
+        entering = self.filled(rows, room) if rows else [None] * len(self.layers)
+        made: dict[tuple[int, int], Slots] = {}
+        for number, (layer, new) in enumerate(zip(self.layers, entering, strict=True)):
+            key = (id(layer.slots), id(new))
+            if key not in made:
+                made[key] = layer.slots.reformed(keep, new)
+            self._rebuild(number, layer, keep, rows, made[key])
+
+    def _rebuild(self, number: int, layer: KeptLayer, keep: Sequence[int], rows: Sequence[Row], slots: Slots) -> None:
+        old = (layer._keys, layer._values)
+        count = min(slots.slots, old[0].shape[2])
+        fresh = self._tensors(number, layer, len(keep) + len(rows), slots.slots)
+        for target, source in zip(fresh, old, strict=True):
+            for to, row in enumerate(keep):
+                target[to, :, :count] = source[row, :, :count]
+        _write(fresh[0][len(keep) :], fresh[1][len(keep) :], number, rows)
+        (layer._keys, layer._values), layer.slots = fresh, slots
+
+    def _tensors(self, number: int, like: Row | KeptLayer, rows: int, slots: int) -> list[Tensor]:
+        keys, values = (like._keys[0], like._values[0]) if isinstance(like, KeptLayer) else (
+            like.keys[number], like.values[number])  # fmt: skip
+        shapes = [(rows, x.shape[0], slots, x.shape[-1]) for x in (keys, values)]
+        return self.memory.swap(number, keys, *shapes)
 
     def nbytes(self) -> int:
         """Bytes really held, padding and room included."""
         return sum(layer.nbytes() for layer in self.layers)
+
+
+def _write(keys: Tensor, values: Tensor, layer: int, rows: Sequence[Row]) -> None:
+    """The kept pairs of each row into keys and values [R, H_kv, S, D]."""
+    for r, row in enumerate(rows):
+        place(keys[r], row.keys[layer], row.kept[layer])
+        place(values[r], row.values[layer], row.kept[layer])
+        if row.rotate is not None:
+            form = row.kept[layer]
+            positions = form[0] if isinstance(form, list) or form.dim() == 2 else form
+            part = keys[r, :, : len(positions)]
+            part.copy_(row.rotate(layer, part, positions))

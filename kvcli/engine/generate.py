@@ -1,14 +1,18 @@
-"""Greedy decoding of many compressed rows together."""
+"""Decoding of many compressed rows together: finished rows leave, waiting rows enter."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
 from kvcli.cache.kv_cache import CompressedCache
+from kvcli.cache.rows import Row
+from kvcli.cache.workspace import Workspace
+from kvcli.engine.memory import Room, is_out_of_memory
 
 if TYPE_CHECKING:
     from kvcli.models.wrapper import Model
@@ -42,10 +46,42 @@ class Generated:
     ids: list[int] = field(default_factory=list)
     finish: str = ""
     text: str = ""
+    alloc: int = 0
+    """Bytes of the batch's padded cache per row when the row entered."""
+    held: int | None = None
+    """KV pairs of all layers and heads at the end; None where every generated token's pair was kept."""
+
+
+class Choose(Protocol):
+    """How the next token comes out of the logits [V] of step number `step` (0 = the first answer token)."""
+
+    def __call__(self, logits: Tensor, step: int) -> int: ...
+
+
+@dataclass
+class Ask:
+    """A row to generate. choose: None takes the most likely token."""
+
+    row: Row
+    start: Start
+    rules: StopRules
+    choose: Choose | None = None
+    tag: Any = None
+
+
+class OutOfRoom(Exception):
+    """Memory ran out with `rows` rows in the batch; `asks` have not finished."""
+
+    def __init__(self, rows: int, asks: list[Ask]) -> None:
+        super().__init__(f"out of memory with {rows} rows together")
+        self.rows, self.asks = rows, asks
+
+
+Build = Callable[[Sequence[Row], Sequence[int], Workspace], CompressedCache]
 
 
 def end_tokens(model: Model) -> frozenset[int]:
-    """End-of-text ids of the tokenizer and of the model's generation config."""
+    """End tokens of the tokenizer and of the model's generation config."""
     found: set[int] = set()
     for value in (model.tokenizer.eos_token_id, getattr(model.hf.generation_config, "eos_token_id", None)):
         if value is not None:
@@ -54,42 +90,147 @@ def end_tokens(model: Model) -> frozenset[int]:
 
 
 def generate(
-    model: Model, cache: CompressedCache, starts: Sequence[Start], rules: Sequence[StopRules]
-) -> list[Generated]:
-    """Decodes every row of the cache to its end. Rows that ended leave the batch once half of it has ended."""
-    outputs = [Generated() for _ in starts]
-    for start, rule, out in zip(starts, rules, outputs, strict=True):
-        if start.given is not None:
-            _accept(model.tokenizer, out, start.given, rule)
-    batch = list(range(len(starts)))
-    tokens = torch.tensor([s.token if s.given is None else s.given for s in starts])
-    positions = torch.tensor([s.position for s in starts])
-    while True:
-        live = [r for r, row in enumerate(batch) if not outputs[row].finish]
-        if not live:
-            break
-        if len(live) <= len(batch) // 2:
-            cache.select_rows(live)
-            batch = [batch[r] for r in live]
-            tokens, positions = tokens[live], positions[live]
-        logits = model.step(tokens[:, None], positions[:, None], cache)[:, -1]
-        tokens, positions = logits.argmax(-1).cpu(), positions + 1
-        for row, token in zip(batch, tokens.tolist(), strict=True):
-            if not outputs[row].finish:
-                _accept(model.tokenizer, outputs[row], token, rules[row])
-    for out, rule in zip(outputs, rules, strict=True):
-        out.text = _text(model.tokenizer, out.ids, rule)
-    return outputs
+    model: Model,
+    asks: Iterable[Ask],
+    *,
+    room: Room | None = None,
+    memory: Workspace | None = None,
+    build: Build = CompressedCache,
+    steady: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[Ask, Generated]]:
+    """Yields every ask with its answer as it finishes.
+
+    room: what fits a batch (None: everything). Once half of a batch has ended, the others move together and waiting
+    asks enter as far as there is room. steady: the first batch takes all asks and keeps its shape to the end.
+    stop: asked before every step; asks that have not finished then are dropped. Raises OutOfRoom.
+    """
+    batch = _Batch(model, iter(asks), room or Room(), memory or Workspace(), build, steady)
+    try:
+        while True:
+            batch.refill()
+            yield from batch.finished()
+            if stop() or not batch.asks:
+                return
+            if batch.live:
+                batch.step()
+                yield from batch.finished()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        batch.cache = None
+        raise OutOfRoom(len(batch.asks), batch.unfinished()) from error
 
 
-def _accept(tokenizer: Any, out: Generated, token: int, rule: StopRules) -> None:
-    out.ids.append(token)
-    if token in rule.end_tokens:
-        out.finish = "eos"
-    elif rule.until and any(stop in tokenizer.decode(out.ids[-_TAIL:]) for stop in rule.until):
-        out.finish = "stop"
-    elif len(out.ids) >= rule.max_new_tokens:
-        out.finish = "length"
+class _Batch:
+    """The rows in flight. asks[r], outputs[r], tokens[r], positions[r] belong to row r of the cache."""
+
+    def __init__(
+        self, model: Model, waiting: Iterator[Ask], room: Room, memory: Workspace, build: Build, steady: bool
+    ) -> None:
+        self.model, self.waiting, self.room, self.memory, self.build, self.steady = (
+            model, waiting, room, memory, build, steady)  # fmt: skip
+        self.cache: CompressedCache | None = None
+        self.asks: list[Ask] = []
+        self.outputs: list[Generated] = []
+        self.live: list[int] = []
+        self.next: Ask | None = None
+        self.done: list[tuple[Ask, Generated]] = []
+        self.tokens = self.positions = torch.empty(0, dtype=torch.long)
+
+    def unfinished(self) -> list[Ask]:
+        asks = [self.asks[r] for r in range(len(self.asks)) if not self.outputs[r].finish]
+        return asks + ([self.next] if self.next is not None else [])
+
+    def finished(self) -> list[tuple[Ask, Generated]]:
+        done, self.done = self.done, []
+        return done
+
+    def refill(self) -> None:
+        """Lets rows leave and enter once half of the batch has ended."""
+        if self.asks and len(self.live) > (0 if self.steady else len(self.asks) // 2):
+            return
+        keep = list(self.live)
+        entering = self._entering([self.asks[r] for r in keep])
+        if not entering and len(keep) == len(self.asks):
+            return
+        asks, outputs = [self.asks[r] for r in keep], [self.outputs[r] for r in keep]
+        tokens, positions = self.tokens[keep], self.positions[keep]
+        self.asks, self.outputs = asks + entering, outputs + [Generated() for _ in entering]
+        self.live = list(range(len(self.asks)))
+        starts = [ask.start for ask in entering]
+        fed = [s.token if s.given is None else s.given for s in starts]
+        self.tokens = torch.cat([tokens, torch.tensor(fed, dtype=torch.long)])
+        self.positions = torch.cat([positions, torch.tensor([s.position for s in starts], dtype=torch.long)])
+        if not self.asks:
+            return
+        rows, rooms = [ask.row for ask in entering], [ask.rules.max_new_tokens for ask in entering]
+        if self.cache is None:
+            self.cache = self.build(rows, rooms, self.memory)
+        else:
+            self.cache.reform(keep, rows, rooms)
+        alloc = self.cache.nbytes() // len(self.asks)
+        for r in range(len(keep), len(self.asks)):
+            self.outputs[r].alloc = alloc
+            given = self.asks[r].start.given
+            if given is not None:
+                self._accept(r, given)
+        self._leave()
+
+    def _entering(self, staying: list[Ask]) -> list[Ask]:
+        """Waiting asks in their order while they fit; one at least where nothing stays."""
+        taken: list[Ask] = []
+        tally = self.room.tally()
+        for ask in staying:
+            tally.add(ask.row, ask.rules.max_new_tokens)
+        while (waiting := self._peek()) is not None:
+            if not self.steady and tally.rows and not tally.fits(waiting.row, waiting.rules.max_new_tokens):
+                break
+            tally.add(waiting.row, waiting.rules.max_new_tokens)
+            taken.append(waiting)
+            self.next = None
+        return taken
+
+    def _peek(self) -> Ask | None:
+        if self.next is None:
+            self.next = next(self.waiting, None)
+        return self.next
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        assert self.cache is not None
+        logits = self.model.step(self.tokens[:, None], self.positions[:, None], self.cache)[:, -1]
+        self.tokens, self.positions = logits.argmax(-1).cpu(), self.positions + 1
+        for r in list(self.live):
+            choose = self.asks[r].choose
+            if choose is not None:
+                self.tokens[r] = choose(logits[r], len(self.outputs[r].ids))
+        for r, token in enumerate(self.tokens.tolist()):
+            if not self.outputs[r].finish:
+                self._accept(r, token)
+        self._leave()
+
+    def _leave(self) -> None:
+        gone = [r for r in self.live if self.outputs[r].finish]
+        if gone:
+            assert self.cache is not None
+            self.live = [r for r in self.live if not self.outputs[r].finish]
+            self.cache.release(gone)
+
+    def _accept(self, r: int, token: int) -> None:
+        out, rule, tokenizer = self.outputs[r], self.asks[r].rules, self.model.tokenizer
+        out.ids.append(token)
+        if token in rule.end_tokens:
+            out.finish = "eos"
+        elif rule.until and any(stop in tokenizer.decode(out.ids[-_TAIL:]) for stop in rule.until):
+            out.finish = "stop"
+        elif len(out.ids) >= rule.max_new_tokens:
+            out.finish = "length"
+        if out.finish:
+            assert self.cache is not None
+            out.text = _text(tokenizer, out.ids, rule)
+            out.held = self.cache.held(r)
+            self.done.append((self.asks[r], out))
 
 
 def _text(tokenizer: Any, ids: list[int], rule: StopRules) -> str:

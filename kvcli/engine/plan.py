@@ -31,6 +31,15 @@ class Cell:
     first_token: str
     seed: int | None
     key: dict[str, Any]
+    decode: dict[str, Any] | None = None
+    """How generated tokens are compressed: ratio, budget or cap, and interval; None: they are all kept."""
+    draw: int = 0
+    """Which of several sampled answers this is."""
+
+    @property
+    def storage(self) -> str:
+        """Rows of one kind share a decode batch: caches that only grow, or those of one method that evicts on."""
+        return self.method if self.decode else ""
 
     @property
     def prompt_key(self) -> tuple[str, int]:
@@ -62,25 +71,39 @@ class PrefillBatch:
     """How many samples of the prompt set this generation of the grid has."""
     cells: tuple[Cell, ...]
 
-    def decode_batches(self, rows: int) -> Iterator[DecodeBatch]:
-        """Rows in order of falling ratio, so that rows of one batch are about equally long.
+    def decode_batches(self, rows: int, waves: int = 1) -> Iterator[DecodeBatch]:
+        """Rows of one storage kind, in order of falling ratio, so that rows side by side are about equally long.
 
-        rows: how many rows of a full cache fit a batch; of smaller ones accordingly more, at most MAX_DECODE_ROWS.
+        rows: how many rows of a full cache fit in memory; of smaller ones accordingly more, at most MAX_DECODE_ROWS.
+        waves: how many times that many rows a batch has, those that wait entering as others end.
         """
-        order = sorted(self.cells, key=lambda c: (c.method != "full", -_share(c), c.method, c.first_token, c.seed or 0))
-        batch: list[tuple[int, Cell]] = []
-        number, widest = 0, 0.0
-        for cell in order:
-            for i in range(self.end - self.start):
-                wider = max(widest, _share(cell))  # a batch is padded to its longest row
-                full = (len(batch) + 1) * wider > rows or len(batch) >= max(rows, MAX_DECODE_ROWS)
-                if batch and full:
-                    yield DecodeBatch(f"{self.id}-d{number:03d}", tuple(batch))
-                    batch, number, wider = [], number + 1, _share(cell)
-                batch.append((i, cell))
-                widest = wider
-        if batch:
-            yield DecodeBatch(f"{self.id}-d{number:03d}", tuple(batch))
+        number = 0
+        for kind in dict.fromkeys(cell.storage for cell in self.cells):
+            batch: list[tuple[int, Cell]] = []
+            share = filled = widest = 0.0
+            for cell in sorted((c for c in self.cells if c.storage == kind), key=_order):
+                for i in range(self.end - self.start):
+                    wider = max(widest, _share(cell))  # a wave is padded to its longest row
+                    if batch and ((share + 1) * wider > rows or share >= max(rows, MAX_DECODE_ROWS)):
+                        filled, share, wider = filled + 1, 0.0, _share(cell)
+                        if filled >= waves:
+                            yield DecodeBatch(f"{self.id}-d{number:03d}", tuple(batch))
+                            batch, number, filled = [], number + 1, 0.0
+                    batch.append((i, cell))
+                    share, widest = share + 1, wider
+            if batch:
+                yield DecodeBatch(f"{self.id}-d{number:03d}", tuple(batch))
+                number += 1
+
+
+WAVES = 4
+"""Rows that enter as others end: this many times as many as fit, so that a command that is stopped repeats little."""
+
+
+def _order(cell: Cell) -> tuple[object, ...]:
+    """`full` first: the others are compared with its output."""
+    return (cell.method != "full", -_share(cell), cell.method, cell.first_token, cell.seed or 0, cell.draw,
+            stable_hash(cell.decode))  # fmt: skip
 
 
 LEAST_SHARE = 0.05
@@ -126,8 +149,8 @@ def make_cells(config: SweepConfig, tasks: Iterable[Task], facts: dict[str, Any]
     cells: dict[str, Cell] = {}
     for task in tasks:
         for shots in config.shots or (task.shots,):
-            for first_token in config.first_token:
-                for text, method in methods:
+            for text, method in methods:
+                for first_token in config.first_token if method.kind != "in-prefill" else ("n/a",):
                     for cell in _method_cells(config, task, shots, first_token, text, method, facts):
                         cells.setdefault(cell.id, cell)
     return list(cells.values())
@@ -156,17 +179,40 @@ def _method_cells(
     else:
         sizes = [("1", None)] if method.domain.points == (1.0,) else [(None, None)]
     for ratio, budget in sizes:
-        for seed in config.seeds if method.seeded else (None,):
-            key = {
-                **facts,
-                "task": task.name, "task_version": task.version, "task_digest": own_digest(task),
-                "shots": shots, "shot_seed": config.shot_seed,
-                "method": str(text), "method_code": catalog.code_hash(text), "ratio": ratio, "budget": budget,
-                "strict_window": config.strict_window, "first_token": first_token, "query": "aware", "decode": None,
-                "seed": seed, "max_new_tokens": config.max_new_tokens or task.max_new_tokens,
-                "ignore_eos": config.ignore_eos,
-            }  # fmt: skip
-            yield Cell(stable_hash(key), task.name, shots, str(text), ratio, budget, first_token, seed, key)
+        for seed in config.seeds if method.seeded or config.temperature else (None,):
+            for decode in decode_settings(config, method, ratio):
+                for draw in range(config.draws):
+                    key = {
+                        **facts,
+                        "task": task.name, "task_version": task.version, "task_digest": own_digest(task),
+                        "shots": shots, "shot_seed": config.shot_seed,
+                        "method": str(text), "method_code": catalog.code_hash(text), "ratio": ratio, "budget": budget,
+                        "strict_window": config.strict_window, "first_token": first_token, "query": "aware",
+                        "decode": decode, "seed": seed, "temperature": config.temperature, "top_p": config.top_p,
+                        "draw": draw, "max_new_tokens": config.max_new_tokens or task.max_new_tokens,
+                        "ignore_eos": config.ignore_eos,
+                    }  # fmt: skip
+                    yield Cell(stable_hash(key), task.name, shots, str(text), ratio, budget, first_token, seed, key,
+                               decode, draw)  # fmt: skip
+
+
+def decode_settings(config: SweepConfig, method: Method, ratio: str | None) -> list[dict[str, Any] | None]:
+    """The decode axis for one method and ratio: None where every generated token is kept.
+
+    ratio: r_d; budget: generated tokens kept; cap: the pool stays at its size.
+    """
+    if not method.decodes():
+        return [None]
+    interval = {"interval": config.decode_interval}
+    if config.cap == "fixed":
+        return [{"cap": "fixed", **interval}] if method.decoding == "unified" else [None]
+    if config.decode_budgets:
+        return [{"budget": size, **interval} for size in config.decode_budgets]
+    found: list[dict[str, Any] | None] = []
+    for text in config.decode_ratios:
+        value = ratio if text == "same" else text
+        found.append(None if text == "off" or value is None else {"ratio": value, **interval})
+    return list({stable_hash(item): item for item in found}.values())
 
 
 def make_plan(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvcli.config import SweepConfig, folder_hash
-from kvcli.engine.plan import Cell, Generation, Plan, make_cells, make_plan
+from kvcli.engine.plan import Cell, Generation, Plan, decode_settings, make_cells, make_plan
 from kvcli.errors import KvcliError
 from kvcli.evals.loader import find_tasks, task_names
 from kvcli.evals.spec import Sample, Task
@@ -21,7 +21,7 @@ from kvcli.models.source import ModelSource, fingerprint, parse_model
 if TYPE_CHECKING:
     from kvcli.models.prompt import Prompt
 
-NEED = re.compile(r"column_sum(:question)?|window:\d+")
+NEED = re.compile(r"column_sum(:question)?|window:\d+|reconstruction")
 """What kvcli.attention.capture knows, checked here without torch."""
 
 DEFAULT_METHODS = ("tier1",)
@@ -92,13 +92,60 @@ def check(config: SweepConfig) -> Request:
     _one_of("--attn", config.attn, ("auto", "flash", "sdpa", "blockwise", "reference"))
     for mode in config.first_token:
         _one_of("--first-token", mode, ("compressed", "prefill"))
+    decode_ratios = _check_decoding(config, methods)
+    _check_sampling(config)
     tasks = tuple(find_tasks(config.tasks or (("testbed",) if source.kind == "testbed" else ("gsm8k",))))
     config = dataclasses.replace(
         config, methods=tuple(methods), ratios=ratios, tasks=tuple(map(task_text, tasks)),
         seeds=tuple(dict.fromkeys(config.seeds)), shots=tuple(dict.fromkeys(config.shots)),
-        first_token=tuple(dict.fromkeys(config.first_token)),
+        first_token=tuple(dict.fromkeys(config.first_token)), decode_ratios=decode_ratios,
+        decode_budgets=tuple(dict.fromkeys(config.decode_budgets)),
     )  # fmt: skip
     return Request(config, source, tasks, config.out or f"runs/{source.short}-{folder_hash(config)}")
+
+
+def _check_decoding(config: SweepConfig, methods: Sequence[str]) -> tuple[str, ...]:
+    """The canonical decode ratios. Raises KvcliError for settings that exclude each other or cannot be met."""
+    texts: tuple[str, ...] = ()
+    for text in config.decode_ratios:
+        texts += (text,) if text in ("off", "same") else tuple(map(ratio_text, parse_ratios([text])))
+    texts = tuple(dict.fromkeys(texts))
+    asked = [f"--decode-ratio {','.join(texts)}"] * (texts != ("off",))
+    asked += [f"--decode-budget {','.join(map(str, config.decode_budgets))}"] * bool(config.decode_budgets)
+    asked += ["--cap fixed"] * (config.cap == "fixed")
+    if len(asked) > 1:
+        what = "--decode-ratio, --decode-budget and --cap fixed exclude each other"
+        raise KvcliError(what, given=" ".join(asked), fix="keep one of them")
+    _one_of("--cap", config.cap, ("grow", "fixed"))
+    _positive("--decode-interval", config.decode_interval)
+    for size in config.decode_budgets:
+        _positive("--decode-budget", size)
+    if config.budgets and "same" in texts:
+        raise KvcliError("--decode-ratio same needs --ratio", given="--budget", fix="--decode-ratio 0.5")
+    if asked and not any(catalog.build(m).decodes() for m in methods):
+        can = [n for n in catalog.names() if catalog.find(n).decoding]
+        what = "none of these methods compresses generated tokens"
+        raise KvcliError(what, given=f"--method {','.join(methods)} {asked[0]}", fix=f"--method {','.join(can)}")
+    return texts
+
+
+def _check_sampling(config: SweepConfig) -> None:
+    if not 0 <= config.temperature < 100:
+        raise KvcliError("--temperature must be at least 0", given=f"--temperature {config.temperature}", fix="0.7")
+    if not 0 < config.top_p <= 1:
+        raise KvcliError("--top-p must lie in (0, 1]", given=f"--top-p {config.top_p}", fix="--top-p 0.95")
+    _positive("--draws", config.draws)
+    if config.temperature == 0 and (config.draws > 1 or config.top_p < 1):
+        given = f"--draws {config.draws}" if config.draws > 1 else f"--top-p {config.top_p}"
+        raise KvcliError("without --temperature every draw is the same", given=given, fix="--temperature 0.7")
+
+
+def _without_decode_phase(config: SweepConfig, methods: Sequence[str]) -> str:
+    """Names the methods that keep every generated token although compression while generating was asked for."""
+    if config.decode_ratios == ("off",) and not config.decode_budgets and config.cap == "grow":
+        return ""
+    kept = [m for m in methods if m != "full" and decode_settings(config, catalog.build(m), "1") == [None]]
+    return f"every generated token is kept under {', '.join(kept)}" if kept else ""
 
 
 MOST_UNKNOWN = 0.2
@@ -163,7 +210,7 @@ def prepare(request: Request, limit: int | None, say: Callable[[str], None] = la
     cells = make_cells(config, request.tasks, facts)
     context = getattr(model_config, "max_position_embeddings", None)
     prompt_sets: dict[tuple[str, int], PromptSet] = {}
-    warnings: list[str] = []
+    warnings: list[str] = list(filter(None, [_without_decode_phase(config, config.methods)]))
     for task in request.tasks:
         for shots in config.shots or (task.shots,):
             say(f"reading {task.name}, {shots} shots")

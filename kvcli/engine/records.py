@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvcli.cache.kv_cache import STORED_BYTES, kept_counts, payload_bytes
+from kvcli.cache.rows import STORED_BYTES, kept_counts, payload_bytes
+from kvcli.engine.fidelity import Distance
 from kvcli.engine.generate import Generated
 from kvcli.engine.plan import Cell
 from kvcli.engine.prepare import PromptSet
@@ -26,13 +28,14 @@ def _base(cell: Cell, prompts: PromptSet, sample: Sample, method: Method, batch:
         schema=SCHEMA, cell_id=cell.id, sample_id=sample.id, task=cell.task, ability=prompts.task.ability,
         method=cell.method, settings=method.settings(), ratio=None if cell.ratio is None else float(cell.ratio),
         budget=cell.budget, first_token=cell.first_token, query="aware", shots=cell.shots, seed=cell.seed,
+        draw=cell.draw, decode=cell.decode,
         metric=prompts.task.metric, target=sample.target, cluster=sample.cluster or None, flags=[], batch_id=batch,
     )  # fmt: skip
     return record
 
 
 def error_record(
-    cell: Cell, prompts: PromptSet, sample: Sample, method: Method, error: Exception, batch: str
+    cell: Cell, prompts: PromptSet, sample: Sample, method: Method, error: BaseException, batch: str
 ) -> dict[str, Any]:
     """A sample that failed: status `error` and the message; a later run tries it again."""
     record = _base(cell, prompts, sample, method, batch)
@@ -42,8 +45,8 @@ def error_record(
 
 def ok_record(
     *, cell: Cell, prompts: PromptSet, sample: Sample, prompt: Prompt, method: Method, selection: Selection,
-    output: Generated, full: list[int] | None, dims: Sequence[tuple[int, int]], n: int, seconds: dict[str, Any],
-    alloc: int, batch: str,
+    output: Generated, full: list[int] | None, distance: Distance | None, dims: Sequence[tuple[int, int]], n: int,
+    seconds: dict[str, Any], batch: str,
 ) -> dict[str, Any]:  # fmt: skip
     """A finished sample. full: output ids of `full` in the same first-token mode, for the first divergence."""
     record = _base(cell, prompts, sample, method, batch)
@@ -51,7 +54,9 @@ def ok_record(
     counts = [count for layer in kept_counts(selection.kept, kv_heads) for count in layer]
     dense = n * sum(heads * width for heads, width in dims) * STORED_BYTES
     kept = payload_bytes(selection.kept, dims)
-    token = dense // n
+    end = kept + max(0, len(output.ids) - 1) * (dense // n)
+    if output.held is not None:
+        end = output.held * (dense // n // sum(heads for heads, _ in dims))
     share = kept_share(selection.kept, kv_heads, n)
     by_region: dict[str, tuple[float, int]] = {}
     for region in prompt.regions:
@@ -65,21 +70,35 @@ def ok_record(
         output=output.text, output_ids=output.ids, finish=output.finish, n_prompt=n, n_new=len(output.ids),
         measured_ratio=round(kept / dense, SAVED_DIGITS), kept=round(sum(counts) / len(counts), 3),
         flags=sorted(selection.flags), notes=selection.notes,
-        kv_bytes={"full": dense, "prefill": kept, "end": kept + max(0, len(output.ids) - 1) * token},
-        alloc_bytes=alloc, kept_by_region={k: round(t / s, 4) for k, (t, s) in by_region.items() if s},
-        fidelity=_fidelity(output.ids, full), prompt_sha=prompt.sha,
+        kv_bytes={"full": dense, "prefill": kept, "end": end},
+        alloc_bytes=output.alloc, repetition=repetition(output.ids),
+        kept_by_region={k: round(t / s, 4) for k, (t, s) in by_region.items() if s},
+        fidelity=_fidelity(output.ids, full, distance, cell.method == "full"), prompt_sha=prompt.sha,
         seconds={k: v if isinstance(v, bool) else round(v, SAVED_DIGITS) for k, v in seconds.items()},
     )  # fmt: skip
     return record
 
 
-def _fidelity(ids: list[int], full: list[int] | None) -> dict[str, Any]:
-    """First token at which the output differs from full's; `identical` when none does."""
-    result: dict[str, Any] = {"kl": None, "top1": None, "nll": None, "first_divergence": None, "identical": None}
+GRAM = 4
+
+
+def repetition(ids: Sequence[int]) -> float | None:
+    """Share of the output's 4-grams that had come before in it."""
+    grams = [tuple(ids[i : i + GRAM]) for i in range(len(ids) - GRAM + 1)]
+    return round(1 - len(set(grams)) / len(grams), SAVED_DIGITS) if len(grams) > 1 else None
+
+
+def _fidelity(ids: list[int], full: list[int] | None, distance: Distance | None, same: bool) -> dict[str, Any]:
+    """First token at which the output differs from full's, and the distance of the predictions; `same`: it is full."""
+    result: dict[str, Any] = dict.fromkeys(("kl", "top1", "nll", "tokens", "first_divergence", "identical"))
+    if same:
+        result.update(kl=0.0, top1=1.0, nll=0.0, tokens=len(ids))
+    elif distance is not None:
+        result.update({k: round(v, 8) for k, v in dataclasses.asdict(distance).items()})
     if full is not None:
-        same = next((i for i, (a, b) in enumerate(zip(ids, full, strict=False)) if a != b), min(len(ids), len(full)))
+        at = next((i for i, (a, b) in enumerate(zip(ids, full, strict=False)) if a != b), min(len(ids), len(full)))
         result["identical"] = ids == full
-        result["first_divergence"] = None if ids == full else same
+        result["first_divergence"] = None if ids == full else at
     return result
 
 

@@ -216,7 +216,7 @@ def execute(
         wanted = {c.id for c in session.wanted}
         options = Options(
             session.decode_rows, config.keep_maps, config.store_prompts, config.max_new_tokens, config.ignore_eos,
-            config.strict_window,
+            config.strict_window, config.deterministic, config.fidelity, None, config.temperature, config.top_p,
         )  # fmt: skip
         runner = Runner(
             None, session.plan, prepared.prompt_sets, store, options, stop, progress,  # type: ignore[arg-type]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from kvcli.attention.capture import Needs
-from kvcli.cache.kv_cache import CompressedCache, Row
-from kvcli.engine.generate import Start, StopRules, end_tokens, generate
+from kvcli.cache.rows import Row
+from kvcli.engine.generate import Ask, Start, StopRules, end_tokens, generate
 from kvcli.errors import KvcliError
 from kvcli.evals.loader import find_tasks
 from kvcli.evals.spec import Task
@@ -73,5 +73,6 @@ def _answers(model: Model, prompts: Sequence[Prompt], task: Task) -> list[str]:
         rows.append(Row(dense.keys, dense.values, [torch.arange(len(prompt.ids) - 1)] * len(dense.keys)))
     rules = StopRules(task.max_new_tokens, end_tokens(model))
     starts = [Start(p.ids[-1], len(p.ids) - 1) for p in prompts]
-    cache = CompressedCache(rows, room=task.max_new_tokens)
-    return [out.text for out in generate(model, cache, starts, [rules] * len(rows))]
+    asks = [Ask(row, start, rules, tag=i) for i, (row, start) in enumerate(zip(rows, starts, strict=True))]
+    texts = {ask.tag: out.text for ask, out in generate(model, asks)}
+    return [texts[i] for i in range(len(prompts))]

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvcli.attention.capture import Dense, Needs, Prefill
-from kvcli.attention.decode import decode
+from kvcli.attention.decode import decode, decode_with_weights
 from kvcli.attention.patch import UnsupportedAttention, patched
 from kvcli.cache.kv_cache import CompressedCache
 from kvcli.errors import KvcliError
@@ -52,6 +52,9 @@ class Prefilled:
         return self.capture.dense(row, self.keys, self.values)
 
 
+CHUNK = 8192
+"""Tokens of one prompt that run together; longer prompts run in pieces, so that their activations stay bounded."""
+
 PROBE = (5, 17, 3, 29, 11, 2, 23, 7)
 """Token ids of the probe: small enough for any vocabulary."""
 
@@ -71,13 +74,20 @@ def unsupported(config: Any) -> str:
 
 
 class _Decode:
-    """Attention state of a decode step: validity of each layer's compressed slots."""
+    """Attention state of new tokens over a compressed cache."""
 
     def __init__(self, cache: CompressedCache) -> None:
         self.cache = cache
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        return decode(query, key, value, scaling, self.cache.valid(layer))
+        visible = self.cache.visible(layer, query.shape[2])
+        if self.cache.reads_attention:
+            out, weights = decode_with_weights(query, key, value, scaling, visible)
+            self.cache.settle(layer, weights)
+            return out
+        out = decode(query, key, value, scaling, visible)
+        self.cache.settle(layer, None)
+        return out
 
 
 class Model:
@@ -95,6 +105,27 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         return self.hf.dtype
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits per token."""
+        return int(self.hf.config.get_text_config().vocab_size)
+
+    def prefill_one(
+        self,
+        ids: Sequence[int],
+        needs: Needs,
+        question_from: int,
+        prefix: Dense | None = None,
+        chunk: int = CHUNK,
+    ) -> tuple[Dense, Prefilled]:
+        """One prompt of any length, densely in chunks: exact, each chunk a prefix of the next. Returns the whole
+        prompt's cache and the last chunk's pass."""
+        while len(ids) > chunk:
+            prefix = self.prefill([ids[:chunk]], needs, [question_from], prefix).dense(0)
+            ids, question_from = ids[chunk:], question_from - chunk
+        last = self.prefill([ids], needs, [question_from], prefix)
+        return last.dense(0), last
 
     @torch.inference_mode()
     def prefill(
@@ -129,10 +160,13 @@ class Model:
     @torch.inference_mode()
     def step(self, tokens: Tensor, positions: Tensor, cache: CompressedCache) -> Tensor:
         """One forward pass of Q new tokens a row at their true positions: [R, Q] each -> logits [R, Q, V]."""
+        tokens, positions = tokens.to(self.device), positions.to(self.device)
+        cache.begin(positions)
         with patched(self.hf, _Decode(cache)):
-            out = self.hf(
-                tokens.to(self.device), position_ids=positions.to(self.device), past_key_values=cache, use_cache=True
-            )
+            out = self.hf(tokens, position_ids=positions, past_key_values=cache, use_cache=True)
+        cache.advance(tokens.shape[1])
+        if bool(out.logits.isnan().any()):
+            cache.memory.discard()
         return out.logits
 
     def _probe(self) -> Shapes:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcli.cache.budget import Budget, share_out
-from kvcli.cache.kv_cache import CompressedCache, Kept, Row, kept_counts, payload_bytes
+from kvcli.cache.kv_cache import CompressedCache
+from kvcli.cache.rows import Kept, Row, head_positions, kept_counts, payload_bytes
 
 
 def dense(
@@ -26,20 +27,44 @@ FORMS: list[Kept] = [
 ]
 
 
-@pytest.mark.parametrize("kept", FORMS)
-def test_rows_hold_exactly_the_kept_pairs_right_aligned(kept: Kept) -> None:
+def stored(cache: CompressedCache, row: int, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pairs that a row's head really holds."""
+    count = int(cache.layers[layer].slots.filled[row].expand(2)[head])
+    return cache.layers[layer]._keys[row, head, :count], cache.layers[layer]._values[row, head, :count]
+
+
+def assert_holds(cache: CompressedCache, row: int, kept: Kept) -> None:
     keys, values = dense()
-    longest = [torch.arange(12)] * 2
-    cache = CompressedCache([Row(keys, values, kept), Row(keys, values, longest)], room=3)
+    for layer in range(2):
+        for head, positions in enumerate(head_positions(kept[layer], 2)):
+            k, v = stored(cache, row, layer, head)
+            assert torch.equal(k, keys[layer][head, positions])
+            assert torch.equal(v, values[layer][head, positions])
+
+
+def new_pair(rows: int, value: float) -> torch.Tensor:
+    return torch.full((rows, 2, 1, 4), value)
+
+
+@pytest.mark.parametrize("kept", FORMS)
+def test_rows_hold_exactly_the_kept_pairs(kept: Kept) -> None:
+    keys, values = dense()
+    cache = CompressedCache([Row(keys, values, kept), Row(keys, values, [torch.arange(12)] * 2)], room=3)
+    assert_holds(cache, 0, kept)
+    assert_holds(cache, 1, [torch.arange(12)] * 2)
+
+
+@pytest.mark.parametrize("kept", FORMS)
+def test_new_tokens_see_what_their_row_holds_and_themselves(kept: Kept) -> None:
+    keys, values = dense()
+    cache = CompressedCache([Row(keys, values, kept), Row(keys, values, [torch.arange(12)] * 2)], room=3)
     for number, layer in enumerate(cache.layers):
-        stored, valid = layer._keys, cache.valid(number)
-        for head in range(2):
-            form = kept[number]
-            positions = form[head] if isinstance(form, list) or form.dim() == 2 else form
-            mask = torch.ones(12, dtype=torch.bool) if valid is None else valid[0, head % valid.shape[1]]
-            assert torch.equal(stored[0, head, :12][mask], keys[number][head, positions])
-            assert torch.equal(layer._values[0, head, :12][mask], values[number][head, positions])
-            assert int(mask.sum()) == len(positions)
+        layer.update(new_pair(2, 1.0).expand(2, 2, 3, 4), new_pair(2, 1.0).expand(2, 2, 3, 4))
+        visible = cache.visible(number, 3)
+        assert visible is not None
+        for head, positions in enumerate(head_positions(kept[number], 2)):
+            seen = visible[0, head % visible.shape[1]]
+            assert seen.sum(-1).tolist() == [len(positions) + i for i in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("kept", FORMS)
@@ -48,12 +73,7 @@ def test_payload_bytes_are_those_of_the_stored_tensors(kept: Kept) -> None:
     keys, values = dense()
     half = [[k.half() for k in keys], [v.half() for v in values]]
     cache = CompressedCache([Row(*half, kept)], room=0)
-    real = 0
-    for number, layer in enumerate(cache.layers):
-        valid = cache.valid(number)
-        share = torch.ones(1, 1, layer._keys.shape[2], dtype=torch.bool) if valid is None else valid
-        mask = share.expand(1, 2, -1)
-        real += layer._keys[mask].nbytes + layer._values[mask].nbytes
+    real = sum(x.nbytes for layer in range(2) for head in range(2) for x in stored(cache, 0, layer, head))
     assert payload_bytes(kept, [(2, 8), (2, 8)]) == real
     assert sum(map(sum, kept_counts(kept, 2))) * 8 * 2 == real
 
@@ -62,26 +82,56 @@ def test_room_is_preallocated_and_ends_with_an_error() -> None:
     keys, values = dense()
     cache = CompressedCache([Row(keys, values, FORMS[0])], room=2)
     before = cache.layers[0]._keys.data_ptr()
-    new = torch.ones(1, 2, 1, 4)
-    cache.layers[0].update(new, new)
-    out, _ = cache.layers[0].update(new * 2, new)
-    assert out.data_ptr() == before
+    for i in (1.0, 2.0):
+        for layer in cache.layers:
+            out, _ = layer.update(new_pair(1, i), new_pair(1, i))
+        cache.advance(1)
+    assert cache.layers[1]._keys.data_ptr() != before
     assert out[0, 0, -2:].tolist() == [[1.0] * 4, [2.0] * 4]
     assert cache.layers[0].get_seq_length() == 5
     with pytest.raises(RuntimeError, match="no room"):
-        cache.layers[0].update(new, new)
+        cache.layers[0].update(new_pair(1, 3.0), new_pair(1, 3.0))
 
 
-def test_rows_leave_a_batch() -> None:
+def test_tokens_can_be_taken_back() -> None:
     keys, values = dense()
-    cache = CompressedCache([Row(keys, values, kept) for kept in FORMS], room=1)
-    used = cache.layers[0].used
-    third = cache.layers[0]._keys[2, :, :used].clone()
-    valid = cache.valid(0)
-    cache.select_rows([2])
-    assert torch.equal(cache.layers[0]._keys[0, :, :used], third)
-    assert valid is not None
-    assert torch.equal(cache.valid(0), valid[2:3])  # type: ignore[arg-type]
+    cache = CompressedCache([Row(keys, values, kept) for kept in FORMS], room=2)
+    for layer in cache.layers:
+        layer.update(new_pair(3, 9.0), new_pair(3, 9.0))
+    cache.advance(1)
+    cache.advance(-1)
+    for row, kept in enumerate(FORMS):
+        assert_holds(cache, row, kept)
+
+
+def test_rows_leave_and_enter_between_any_two_steps() -> None:
+    """What stays is what it was, new tokens included; what enters is what it would be in a cache of its own."""
+    keys, values = dense()
+    cache = CompressedCache([Row(keys, values, kept) for kept in FORMS], room=2)
+    for layer in cache.layers:
+        layer.update(new_pair(3, 7.0), new_pair(3, 7.0))
+    cache.advance(1)
+    cache.release([0])
+    cache.reform([2], [Row(keys, values, FORMS[1]), Row(keys, values, FORMS[0])], [5, 1])
+    assert_holds(cache, 1, FORMS[1])
+    assert_holds(cache, 2, FORMS[0])
+    for layer, form in enumerate(FORMS[2]):
+        for head, positions in enumerate(head_positions(form, 2)):
+            k, _ = stored(cache, 0, layer, head)
+            assert torch.equal(k[:-1], keys[layer][head, positions])
+            assert torch.equal(k[-1], torch.full((4,), 7.0))
+    assert cache.layers[0].slots.most == [4 + 2, 3 + 5, 3 + 1]
+
+
+def test_a_row_that_ended_needs_no_room_and_holds_nobody_back() -> None:
+    keys, values = dense()
+    cache = CompressedCache([Row(keys, values, FORMS[0]), Row(keys, values, [torch.arange(12)] * 2)], room=[9, 1])
+    cache.release([1])
+    for _ in range(9):
+        for layer in cache.layers:
+            layer.update(new_pair(2, 1.0), new_pair(2, 1.0))
+        cache.advance(1)
+    assert cache.layers[0].get_seq_length() == 12
 
 
 def test_a_row_is_a_fork_and_leaves_the_dense_cache_alone() -> None:

@@ -13,9 +13,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from kvcli.attention.capture import Needs
 from kvcli.cache.budget import Budget
-from kvcli.cache.kv_cache import CompressedCache, Kept, Row, head_positions
+from kvcli.cache.kv_cache import CompressedCache
+from kvcli.cache.rows import Kept, Row, head_positions
 from kvcli.config import SweepConfig
-from kvcli.engine.generate import Start, StopRules, generate
+from kvcli.engine.generate import Ask, Start, StopRules, generate
 from kvcli.engine.runner import question_start
 from kvcli.engine.selecting import select
 from kvcli.errors import KvcliError
@@ -24,7 +25,7 @@ from kvcli.methods.context import Context
 from kvcli.models.wrapper import Model, Prefilled
 from tests.engine import tiny
 
-METHODS = [n for n in catalog.names() if n != "full"]
+METHODS = [n for n in catalog.names() if n != "full" and catalog.find(n).sharing == 1]
 TIER1 = SweepConfig(methods=tuple(METHODS), ratios=("0.2", "0.5"), first_token=("compressed", "prefill"))
 
 
@@ -98,7 +99,8 @@ def test_evicted_cache_decodes_like_the_full_cache_with_those_positions_masked(
     row = Row(context.keys, context.values, in_cache)  # type: ignore[arg-type]
     given = None if compressed else int(done.logits[0].argmax())
     start = Start(context.token_ids[-1], begin, given)
-    out = generate(exact, CompressedCache([row], new), [start], [StopRules(new)])[0].ids
+    ((_, answer),) = generate(exact, [Ask(row, start, StopRules(new))])
+    out = answer.ids
     fed = ([context.token_ids[-1]] if compressed else []) + out[:-1]
     cache = CompressedCache([row], len(fed))
     stepwise = [exact.step(torch.tensor([[t]]), torch.tensor([[begin + i]]), cache)[0, 0] for i, t in enumerate(fed)]

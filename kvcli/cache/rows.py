@@ -1,0 +1,78 @@
+"""Rows to decode, the forms a kept set may have, and what it weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STORED_BYTES = 2
+"""Payload is counted in 16-bit elements whatever the compute dtype."""
+
+Kept = Sequence[Tensor | list[Tensor]]
+"""Per layer: [K], [H_kv, K] or a list of H_kv position tensors."""
+
+
+@dataclass
+class Row:
+    """One row to decode: whose keys and values it forks, and which positions of them it keeps.
+
+    keys, values: per layer [H_kv, n, D], views of the dense prefill; nothing is copied before `CompressedCache`.
+    rotate: if given, moves kept keys: (layer, keys [H_kv, K, D], old positions) -> keys.
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    kept: Kept
+    rotate: Any = None
+
+    @property
+    def layers(self) -> int:
+        return len(self.keys)
+
+    def most(self, layer: int, room: int) -> int:
+        """Pairs its longest head will ever hold in this layer, with `room` new tokens."""
+        return max(self.lengths(layer)) + room
+
+    def lengths(self, layer: int) -> list[int]:
+        """Kept pairs per KV head; one number where all heads of the layer keep the same positions."""
+        form = self.kept[layer]
+        if isinstance(form, list):
+            return [len(p) for p in form]
+        return [form.shape[-1]]
+
+
+def head_positions(kept: Tensor | list[Tensor], kv_heads: int) -> list[Tensor]:
+    """One position tensor per KV head, whatever form a layer's kept set has."""
+    if isinstance(kept, list):
+        return kept
+    return [kept] * kv_heads if kept.dim() == 1 else list(kept)
+
+
+def kept_counts(kept: Kept, kv_heads: int) -> list[list[int]]:
+    """KV pairs per layer and KV head."""
+    return [[len(p) for p in head_positions(layer, kv_heads)] for layer in kept]
+
+
+def payload_bytes(kept: Kept, dims: Sequence[tuple[int, int]]) -> int:
+    """16-bit bytes of the kept pairs; dims: (H_kv, key width + value width) per layer."""
+    return sum(
+        sum(len(p) for p in head_positions(layer, heads)) * width * STORED_BYTES
+        for layer, (heads, width) in zip(kept, dims, strict=True)
+    )
+
+
+def place(out: Tensor, dense: Tensor, form: Tensor | list[Tensor]) -> None:
+    """Copies the kept pairs of [H_kv, n, D] to the left end of out [H_kv, S, D]; the rest stays what it was."""
+    device = dense.device
+    if not isinstance(form, list) and form.dim() == 1:
+        if len(form) == dense.shape[1]:
+            out[:, : len(form)] = dense
+        else:
+            torch.index_select(dense, 1, form.to(device), out=out[:, : len(form)])
+        return
+    for head, positions in enumerate(head_positions(form, dense.shape[0])):
+        torch.index_select(dense[head], 0, positions.to(device), out=out[head, : len(positions)])

@@ -1,0 +1,46 @@
+"""Memory that caches use one after the other, so that none pays for fresh pages.
+
+Slots that hold no pair are read with weight zero, so whatever lies in them must be a number.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+SPARE = 4
+"""A buffer is made 1/SPARE larger than asked for: the next cache may be a little larger."""
+
+
+class Workspace:
+    """One buffer per layer and one more: a layer is rebuilt from its old buffer into the spare one, and its old one is
+    the next layer's spare."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Tensor] = {}
+        self._spare: Tensor | None = None
+
+    def swap(self, layer: int, like: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
+        """Tensors of these shapes for a layer; they hold zeros or what earlier caches left.
+
+        The tensors the layer had stay readable until `swap` is called for another layer.
+        """
+        sizes = [math.prod(shape) for shape in shapes]
+        flat = self._spare
+        if flat is None or flat.numel() < sum(sizes) or flat.dtype != like.dtype or flat.device != like.device:
+            self._spare = flat = None  # freed before the larger one is asked for
+            flat = like.new_zeros(sum(sizes) + sum(sizes) // SPARE)
+        self._spare = self._held.pop(layer, None)
+        self._held[layer] = flat
+        parts = flat[: sum(sizes)].split(sizes)
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def discard(self) -> None:
+        """After a model gave NaN: what its caches left must not reach the next ones."""
+        self._held.clear()
+        self._spare = None
+
+    def nbytes(self) -> int:
+        """Bytes held, the spare buffer included."""
+        return sum(b.nbytes for b in (*self._held.values(), self._spare) if b is not None)

@@ -1,0 +1,128 @@
+"""How far a compressed cache moves the model's predictions, on the answer that `full` itself gave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvcli.cache.workspace import Workspace
+from kvcli.engine.generate import Ask, Build
+from kvcli.engine.memory import Room
+
+if TYPE_CHECKING:
+    from kvcli.models.wrapper import Model
+
+MOST_TOKENS = 256
+"""Of full's answer so many tokens are compared; later ones follow from the same caches and would cost more memory."""
+_LOGITS = 1 << 24
+"""Logits computed at a time."""
+
+
+@dataclass
+class Reference:
+    """Full's own answer to one prompt: its token ids, and the logits [T, V] that `full` predicts them with;
+    `given`: all of them but the first, which came from the prefill."""
+
+    ids: list[int]
+    logits: Tensor
+    given: bool
+
+    def logits_for(self, ask: Ask) -> Tensor:
+        """The predictions that this row makes too."""
+        return self.logits if self.given or ask.start.given is None else self.logits[1:]
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Means over `tokens` teacher-forced tokens. kl: KL(full || compressed) in nats; top1: share of equal most likely
+    tokens; nll: by how many nats per token full's answer became less likely."""
+
+    kl: float
+    top1: float
+    nll: float
+    tokens: int
+
+
+def forced(ask: Ask, ids: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(tokens to feed from ask's start on, the tokens they are to predict)."""
+    ids = list(ids[:MOST_TOKENS])
+    return ([ask.start.token, *ids[:-1]], ids) if ask.start.given is None else (ids[:-1], ids[1:])
+
+
+def references(model: Model, asks: Sequence[Ask], answers: Sequence[list[int]], memory: Workspace) -> list[Reference]:
+    """Full's predictions on its own answers, one row at a time. asks: rows of `full`."""
+    from kvcli.cache.kv_cache import CompressedCache
+
+    found = []
+    for ask, ids in zip(asks, answers, strict=True):
+        fed = [forced(ask, ids)[0]]
+        parts = [logits[0] for _, logits in _passes(model, [ask], fed, 1 << 16, memory, CompressedCache)]
+        logits = torch.cat(parts) if parts else torch.empty(0, model.vocabulary)
+        found.append(Reference(list(ids), logits, ask.start.given is not None))
+    return found
+
+
+@torch.inference_mode()
+def distances(
+    model: Model, asks: Sequence[Ask], answers: Sequence[Reference], memory: Workspace, build: Build, *, one: bool
+) -> list[Distance | None]:
+    """Teacher-forced on full's answers through the caches of `asks`, all rows together; None for answers of one token
+    that was taken from the prefill. one: the caches take one token at a time."""
+    pairs = [forced(ask, ref.ids) for ask, ref in zip(asks, answers, strict=True)]
+    sums = torch.zeros(len(asks), 3, dtype=torch.double, device=model.device)
+    width = 1 if one else 1 << 16
+    for first, logits in _passes(model, asks, [fed for fed, _ in pairs], width, memory, build):
+        for r, (ref, (fed, right)) in enumerate(zip(answers, pairs, strict=True)):
+            count = min(len(fed) - first, logits.shape[1])
+            if count > 0:
+                mine = slice(first, first + count)
+                sums[r] += _compare(ref.logits_for(asks[r])[mine], logits[r, :count], right[mine])
+    return [_mean(sums[r], len(fed)) if fed else None for r, (fed, _) in enumerate(pairs)]
+
+
+def _mean(sums: Tensor, tokens: int) -> Distance:
+    kl, top1, nll = (sums / tokens).tolist()
+    return Distance(kl, top1, nll, tokens)
+
+
+def _passes(
+    model: Model, asks: Sequence[Ask], fed: Sequence[list[int]], width: int, memory: Workspace, build: Build
+) -> Iterator[tuple[int, Tensor]]:
+    """(index of the first token, logits [R, up to width, V]) pass by pass; rows that end early see padding."""
+    longest = max(map(len, fed))
+    if not longest:
+        return
+    cache = build([ask.row for ask in asks], [longest] * len(asks), memory)
+    tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in fed])
+    begin = torch.tensor([[a.start.position] for a in asks])
+    width = max(1, min(width, _LOGITS // (len(asks) * model.vocabulary)))
+    for first in range(0, longest, width):
+        part = tokens[:, first : first + width]
+        yield first, model.step(part, begin + torch.arange(first, first + part.shape[1]), cache)
+
+
+def _compare(full: Tensor, other: Tensor, right: list[int]) -> Tensor:
+    """[3] sums over tokens of KL, agreement and rise in NLL. full, other [T, V] logits."""
+    a, b = (x.float().log_softmax(-1) for x in (full, other))
+    kl = (a.exp() * (a - b)).sum(-1).clamp_min(0)  # rounding may leave a divergence of -1e-8
+    index = torch.tensor(right, device=a.device)[:, None]
+    nll = (a.gather(1, index) - b.gather(1, index))[:, 0]
+    return torch.stack([kl.sum(), (a.argmax(-1) == b.argmax(-1)).sum(), nll.sum()]).double()
+
+
+def batches(asks: Sequence[Ask], room: Room) -> Iterator[list[int]]:
+    """Indices of asks that fit in memory together."""
+    batch: list[int] = []
+    tally = room.tally()
+    for i, ask in enumerate(asks):
+        if batch and not tally.fits(ask.row, MOST_TOKENS):
+            yield batch
+            batch, tally = [], room.tally()
+        tally.add(ask.row, MOST_TOKENS)
+        batch.append(i)
+    if batch:
+        yield batch

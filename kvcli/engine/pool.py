@@ -1,0 +1,290 @@
+"""Caches whose rows go on being compressed while they generate: a freed slot takes the next token's pair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcli.cache.budget import Budget
+from kvcli.cache.kv_cache import CompressedCache
+from kvcli.cache.rows import Row, head_positions
+from kvcli.cache.workspace import Workspace
+from kvcli.grammar import round_half_up
+from kvcli.methods.base import Method
+from kvcli.methods.generating import Generating
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Cap:
+    """How many pairs of a KV head may stay after t generated tokens (docs/architecture.md).
+
+    prompt: pairs of the prompt per KV head as an exact number (r_p n, or the --budget); ratio r_d or size N: what is
+    kept of the generated tokens; fixed: the pool does not grow. least: never fewer generated ones (`separate`).
+    """
+
+    separate: bool
+    prompt: Decimal
+    ratio: Decimal | None = None
+    size: int | None = None
+    fixed: bool = False
+    least: int = 1
+
+    @classmethod
+    def of(cls, decode: dict[str, Any], budget: Budget, method: Method) -> Cap:
+        """decode: a cell's settings."""
+        prompt = Decimal(budget.per_head) if budget.ratio is None else budget.ratio * budget.n
+        ratio = Decimal(decode["ratio"]) if "ratio" in decode else None
+        separate = method.decoding == "separate"
+        return cls(separate, prompt, ratio, decode.get("budget"), decode.get("cap") == "fixed", method.decode_least())
+
+    def at(self, t: int) -> int:
+        """Of the whole pool (unified) or of the generated tokens (separate)."""
+        if self.separate:
+            return (
+                self.size if self.size is not None else max(self.least, round_half_up((self.ratio or Decimal(0)) * t))
+            )
+        if self.fixed:
+            return max(1, round_half_up(self.prompt))
+        if self.size is not None:
+            return max(1, round_half_up(self.prompt)) + min(t, self.size)
+        return max(1, round_half_up(self.prompt + (self.ratio or 0) * t))
+
+    @lru_cache(maxsize=256)  # noqa: B019  (rows of one batch have few different caps)
+    def upto(self, tokens: int) -> list[int]:
+        """at(0), ..., at(tokens)."""
+        return [self.at(t) for t in range(tokens + 1)]
+
+
+@dataclass
+class PoolRow(Row):
+    """A row that evicts while it generates. n: prompt tokens; state: per layer what `decode_start` gave; interval:
+    tokens between two evictions."""
+
+    n: int = 0
+    cap: Cap | None = None
+    state: Sequence[State] = field(default_factory=tuple)
+    interval: int = 1
+
+    def most(self, layer: int, room: int) -> int:
+        assert self.cap is not None
+        start = max(self.lengths(layer)) + 1  # the last prompt token may be fed again
+        frozen = start if self.cap.separate else 0
+        return max(min(start + t, frozen + cap + self.interval) for t, cap in enumerate(self.cap.upto(room)))
+
+
+class PoolCache(CompressedCache):
+    """Rows of one method with one set of settings, compressed after every `interval` generated tokens."""
+
+    def __init__(self, method: Method, heads: int, rows: Sequence[PoolRow], room: Sequence[int], memory: Workspace):
+        self.method, self.heads = method, heads
+        self.reads_attention = method.decode_reads
+        super().__init__(rows, room, memory)
+
+    def filled(self, rows: Sequence[Row], rooms: Sequence[int]) -> list[Pool]:
+        clock = Clock.of(rows, rooms)  # type: ignore[arg-type]
+        return [Pool.of(clock, layer, rows, rooms) for layer in range(rows[0].layers)]  # type: ignore[arg-type]
+
+    def begin(self, positions: Tensor) -> None:
+        if positions.shape[1] != 1:
+            raise ValueError("a cache that evicts while generating takes one token at a time")
+        self.layers[0].slots.clock.tick(positions)
+
+    def settle(self, layer: int, attention: Tensor | None) -> None:
+        pool: Pool = self.layers[layer].slots
+        view = pool.view(layer, self.heads, attention)
+        self.method.decode_update(view)
+        if pool.clock.anything_due:
+            over = (view.competing.sum(-1) - view.cap[:, :, 0]).clamp_min(0) * pool.clock.due
+            pool.free(lowest(self.method.decode_rank(view), view.position, view.competing, over))
+
+    def held(self, row: int) -> int:
+        return sum(int((layer.slots.position[row] >= 0).sum()) for layer in self.layers)
+
+
+def lowest(rank: Tensor, position: Tensor, competing: Tensor, count: Tensor) -> Tensor:
+    """bool [R, H_kv, S]: the `count` [R, H_kv] lowest-ranked competing pairs, of equal ones the newest; +inf never."""
+    rank = rank.float().masked_fill(~competing, float("inf"))
+    if int(count.max()) <= 1:
+        tie = (rank == rank.amin(-1, keepdim=True)) & (rank < float("inf"))
+        newest = position.where(tie, -1).amax(-1, keepdim=True)
+        return tie & (position == newest) & (count[..., None] > 0)
+    by_age = position.argsort(dim=-1, descending=True, stable=True)
+    order = by_age.gather(-1, rank.gather(-1, by_age).argsort(dim=-1, stable=True))
+    first = torch.arange(rank.shape[-1], device=rank.device) < count[..., None]
+    return torch.zeros_like(competing).scatter(-1, order, first) & (rank < float("inf"))
+
+
+class Clock:
+    """What all layers of a batch share: whose prompt is how long, how many tokens were generated, what may stay.
+
+    n, newest, due [R, 1]; caps [R, T + 1].
+    """
+
+    def __init__(self, n: Tensor, interval: Tensor, caps: Tensor) -> None:
+        self.n, self.interval, self.caps = n, interval, caps
+        self.newest = self.t = torch.zeros_like(n)
+        self.alive = torch.ones_like(n, dtype=torch.bool)
+        self.due, self.anything_due = self.alive, False
+        self._next: tuple[object, Clock] | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[PoolRow], rooms: Sequence[int]) -> Clock:
+        device = rows[0].keys[0].device
+        caps = [row.cap.upto(room) for row, room in zip(rows, rooms, strict=True) if row.cap is not None]
+        long = max(map(len, caps))
+        table = torch.tensor([c + c[-1:] * (long - len(c)) for c in caps], device=device)
+        n, interval = (torch.tensor([[x] for x in xs], device=device) for xs in zip(
+            *((row.n, row.interval) for row in rows), strict=True))  # fmt: skip
+        return cls(n, interval, table)
+
+    def tick(self, positions: Tensor) -> None:
+        """positions [R, 1]: of the tokens that are fed now."""
+        self.newest, self.t = positions, (positions - self.n + 1).clamp(0, self.caps.shape[1] - 1)
+        self.due = (self.t > 0) & (self.t % self.interval == 0) & self.alive
+        self.anything_due = bool(self.due.any())
+
+    @property
+    def cap(self) -> Tensor:
+        """[R, 1]: pairs that may stay now."""
+        return self.caps.gather(1, self.t)
+
+    def next(self, keep: Sequence[int], entering: Clock | None) -> Clock:
+        """The clock of the reformed batch; the same one for all its layers."""
+        key = (tuple(keep), id(entering))
+        if self._next is None or self._next[0] != key:
+            self._next = key, self._reformed(torch.tensor(keep, dtype=torch.long, device=self.n.device), entering)
+        return self._next[1]
+
+    def _reformed(self, keep: Tensor, entering: Clock | None) -> Clock:
+        parts = [(self.n[keep], self.interval[keep], self.caps[keep])]
+        if entering is not None:
+            parts.append((entering.n, entering.interval, entering.caps))
+        long = max(caps.shape[1] for _, _, caps in parts)
+        wide = [torch.cat([c, c[:, -1:].expand(-1, long - c.shape[1])], 1) for _, _, c in parts]
+        return Clock(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), torch.cat(wide))
+
+
+class Pool:
+    """Which slots of one layer hold which positions, and the method's figures for them.
+
+    position [R, H_kv, S] int64, -1 where empty; state[name] [R, X, S, ...]; last[name] [R, X, ...]: the figures of the
+    last prompt token, for rows that feed it again. The first free slot is taken first.
+    """
+
+    def __init__(self, clock: Clock, separate: bool, position: Tensor, state: State, last: State,
+                 longest: list[int], most: list[int]) -> None:  # fmt: skip
+        self.clock, self.separate, self.position, self.state, self.last = clock, separate, position, state, last
+        self.longest, self.most = longest, most
+
+    @classmethod
+    def of(cls, clock: Clock, layer: int, rows: Sequence[PoolRow], rooms: Sequence[int]) -> Pool:
+        heads, device = rows[0].keys[layer].shape[0], rows[0].keys[layer].device
+        longest = [max(row.lengths(layer)) for row in rows]
+        most = [row.most(layer, room) for row, room in zip(rows, rooms, strict=True)]
+        position = torch.full((len(rows), heads, max(most)), -1, device=device)
+        state: State = {}
+        last: State = {}
+        for name, first in rows[0].state[layer].items():
+            state[name] = first.new_zeros(len(rows), first.shape[0], max(most), *first.shape[2:])
+            last[name] = torch.stack([row.state[layer][name][:, -1] for row in rows])
+        for r, row in enumerate(rows):
+            for head, kept in enumerate(head_positions(row.kept[layer], heads)):
+                position[r, head, : len(kept)] = kept.to(device)
+                for name, target in state.items():
+                    for x in _heads_of(head, heads, target.shape[1]):
+                        target[r, x, : len(kept)] = row.state[layer][name][x, kept.to(device)]
+        separate = rows[0].cap is not None and rows[0].cap.separate
+        return cls(clock, separate, position, state, last, longest, most)
+
+    @property
+    def slots(self) -> int:
+        return max(self.position.shape[2], 1)
+
+    def used(self, new: int) -> int:
+        return max(min(have + new, most) for have, most in zip(self.longest, self.most, strict=True))
+
+    def take(self, new: int) -> Tensor:
+        """[R, H_kv, 1]: the first free slot of each head, which is the newest token's from now on."""
+        slot = (self.position < 0).to(torch.uint8).argmax(-1, keepdim=True)
+        self.position.scatter_(2, slot, self.clock.newest[:, :, None].expand_as(slot))
+        again = self.clock.t == 0
+        for name, target in self.state.items():
+            figures = self.last[name]
+            index = _spread(slot, target.shape[1])
+            index = index.view(*index.shape, *[1] * (target.dim() - 3)).expand(*index.shape, *target.shape[3:])
+            fresh = figures * again.view(-1, *[1] * (figures.dim() - 1))
+            target.scatter_(2, index, fresh.unsqueeze(2).to(target.dtype))
+        return slot
+
+    def visible(self, new: int) -> Tensor:
+        return (self.position[:, :, : self.used(new)] >= 0)[:, :, None]
+
+    def view(self, layer: int, heads: int, attention: Tensor | None) -> Generating:
+        used, clock = self.used(1), self.clock
+        position = self.position[:, :, :used]
+        competing = position >= (clock.n[:, :, None] if self.separate else 0)
+        return Generating(
+            layer, heads, position, competing, attention, clock.n[:, :, None], clock.newest[:, :, None],
+            clock.cap[:, :, None], (clock.t > 0)[:, :, None], {k: v[:, :, :used] for k, v in self.state.items()},
+        )  # fmt: skip
+
+    def free(self, gone: Tensor) -> None:
+        """gone bool [R, H_kv, used]."""
+        used = gone.shape[2]
+        self.position[:, :, :used].masked_fill_(gone, -1)
+        for target in self.state.values():
+            mask = _spread(gone, target.shape[1])
+            target[:, :, :used].masked_fill_(mask.view(*mask.shape, *[1] * (target.dim() - 3)), 0)
+
+    def advance(self, new: int) -> None:
+        self.longest = [min(have + new, most) for have, most in zip(self.longest, self.most, strict=True)]
+
+    def release(self, rows: Sequence[int]) -> None:
+        index = torch.tensor(rows, device=self.position.device)
+        self.position.index_fill_(0, index, -1)
+        self.clock.alive.index_fill_(0, index, False)
+        for row in rows:
+            self.longest[row] = self.most[row] = 0
+
+    def reformed(self, keep: Sequence[int], entering: Pool | None) -> Pool:
+        index = torch.tensor(keep, dtype=torch.long, device=self.position.device)
+        longest, most = [self.longest[r] for r in keep], [self.most[r] for r in keep]
+        pools = [(self.position[index], {k: v[index] for k, v in self.state.items()},
+                  {k: v[index] for k, v in self.last.items()})]  # fmt: skip
+        clock = self.clock.next(keep, None if entering is None else entering.clock)
+        if entering is not None:
+            longest, most = longest + entering.longest, most + entering.most
+            pools.append((entering.position, entering.state, entering.last))
+        slots = max(most)
+        position = torch.cat([_resized(p, slots, -1) for p, _, _ in pools])
+        state = {k: torch.cat([_resized(s[k], slots, 0) for _, s, _ in pools]) for k in self.state}
+        last = {k: torch.cat([x[k] for _, _, x in pools]) for k in self.last}
+        return Pool(clock, self.separate, position, state, last, longest, most)
+
+
+def _heads_of(kv_head: int, kv_heads: int, figures: int) -> range:
+    """Which of X heads of figures belong to a KV head."""
+    group = max(1, figures // kv_heads)
+    return range(kv_head * group, (kv_head + 1) * group) if figures >= kv_heads else range(1)
+
+
+def _spread(x: Tensor, figures: int) -> Tensor:
+    """[R, H_kv, ...] -> [R, X, ...] for figures of X heads: each query head has its KV head's."""
+    kv_heads = x.shape[1]
+    return x.repeat_interleave(figures // kv_heads, 1) if figures >= kv_heads else x[:, :figures]
+
+
+def _resized(x: Tensor, slots: int, fill: int) -> Tensor:
+    """[R, X, S, ...] -> [R, X, slots, ...]; what is cut off is empty."""
+    if x.shape[2] >= slots:
+        return x[:, :, :slots]
+    more = x.new_full((*x.shape[:2], slots - x.shape[2], *x.shape[3:]), fill)
+    return torch.cat([x, more], 2)
