@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvcli.cache.budget import Budget
-from kvcli.cache.kv_cache import Kept, head_positions, kept_counts
+from kvcli.cache.rows import Kept, head_positions, kept_counts
 from kvcli.errors import KvcliError
 from kvcli.methods.base import Method, Selection
 from kvcli.methods.context import Context
