@@ -36,7 +36,8 @@ class Cell:
     shots: int | None
     seed: int | None
     decode: str | None
-    """Settings of decode-phase compression as JSON text; None = off."""
+    """Settings of compression while generating as JSON text; None = off."""
+    draw: int = 0
     ability: str | None = None
     metric: str | None = None
 
@@ -278,7 +279,7 @@ def _describe(cell_id: str, record: dict[str, Any], described: dict[str, Any]) -
         cell_id=str(cell_id), task=str(task), method=str(method), ratio=_ratio(fact("ratio")),
         budget=_integer(fact("budget")), first_token=str(fact("first_token") or "n/a"),
         query=str(fact("query") or "aware"), shots=_integer(fact("shots")), seed=_integer(fact("seed")),
-        decode=_settings(decode), ability=fact("ability"), metric=fact("metric"),
+        decode=_settings(decode), draw=_integer(fact("draw")) or 0, ability=fact("ability"), metric=fact("metric"),
     )  # fmt: skip
 
 

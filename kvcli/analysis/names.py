@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from kvcli.errors import KvcliError
 from kvcli.grammar import MethodText, Part, parse_methods
@@ -60,3 +62,22 @@ def _class_of(source: str) -> str:
 
 def _is_file(source: str) -> bool:
     return Path(source.rpartition(":")[0]).suffix == ".py"
+
+
+def decoding(decode: Mapping[str, Any] | None, ratio: str | None = None) -> str:
+    """How generated tokens were compressed, in few words; empty where they were all kept.
+
+    ratio: the cell's kept ratio, where `--decode-ratio same` was asked for: cells with it as r_d make one curve.
+    """
+    if not decode:
+        return ""
+    if "ratio" in decode:
+        words = "r_d = r_p" if ratio is not None and decode["ratio"] == ratio else f"r_d {decode['ratio']}"
+    elif "budget" in decode:
+        words = f"{decode['budget']} generated kept"
+    elif decode.get("cap") == "fixed":
+        words = "fixed cap"
+    else:
+        words = f"decode {json.dumps(decode, sort_keys=True)}"
+    every = decode.get("interval", 1)
+    return words if every == 1 else f"{words}, every {every}"

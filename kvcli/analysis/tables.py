@@ -5,6 +5,7 @@ First-token modes, query modes and numbers of shots are never mixed: each combin
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -49,7 +50,7 @@ class CellSummary:
     column: str
     cell_ids: tuple[str, ...]
     seeds: int
-    """Cells that differ only by seed, averaged within each sample."""
+    """Cells that differ only by seed or draw, averaged within each sample."""
     n: int
     errors: int
     score: float
@@ -120,7 +121,7 @@ class TaskTable:
 _Key = tuple[str, str, str, int | None]
 """task, first-token mode, query mode, shots: what is never mixed."""
 _Groups = dict[_Key, dict[tuple[str, "Column"], list[int]]]
-"""Per table: (row, column) -> cells, several where they differ only by seed."""
+"""Per table: (row, column) -> cells, several where they differ only by seed or draw."""
 
 
 def summarise(run: Run, only: Collection[str] | None = None) -> list[TaskTable]:
@@ -136,12 +137,12 @@ def summarise(run: Run, only: Collection[str] | None = None) -> list[TaskTable]:
         key = _key(cell)
         asked = only is None or cell.cell_id in only or cell.method == FULL
         if len(rows_of[code]) and asked and (shown is None or key in shown):
-            groups.setdefault(key, {}).setdefault((row_name(cell), column_of(cell)), []).append(code)
+            groups.setdefault(key, {}).setdefault((row_name(run, cell), column_of(cell)), []).append(code)
     tasks = _order(list(run.meta.get("tasks") or ()), (key[0] for key in groups))
     modes = {"compressed": 0, "prefill": 1}
     keys = sorted(groups, key=lambda k: (tasks[k[0]], k[2] != "aware", k[3] or 0, modes.get(k[1], 2)))
     short = names.shown(cell.method for cell in run.cells)
-    labels = {row_name(cell): short[cell.method] + _decode_text(cell) for cell in run.cells}
+    labels = {row_name(run, cell): short[cell.method] + _decode_text(run, cell) for cell in run.cells}
     return [_table(run, rows_of, key, groups, labels) for key in keys]
 
 
@@ -153,12 +154,16 @@ def _order(first: Iterable[str], then: Iterable[str]) -> dict[str, int]:
     return {name: i for i, name in enumerate(dict.fromkeys([*first, *then]))}
 
 
-def row_name(cell: Cell) -> str:
-    return cell.method + _decode_text(cell)
+def row_name(run: Run, cell: Cell) -> str:
+    return cell.method + _decode_text(run, cell)
 
 
-def _decode_text(cell: Cell) -> str:
-    return "" if cell.decode is None else f" [decode {cell.decode}]"
+def _decode_text(run: Run, cell: Cell) -> str:
+    """' [r_d 0.5]'; empty where every generated token was kept."""
+    if cell.decode is None:
+        return ""
+    same = cell.ratio if "same" in (run.config("decode_ratios") or ()) else None
+    return f" [{names.decoding(json.loads(cell.decode), same)}]"
 
 
 def column_of(cell: Cell) -> Column:
@@ -180,7 +185,7 @@ def _rows_of_cells(run: Run) -> list[NDArray[np.int64]]:
 
 @dataclass(frozen=True)
 class _Scores:
-    """Mean score per sample over seeds. value, cluster: [number of samples of the run], NaN = not there."""
+    """Mean score per sample over seeds and draws. value, cluster: [number of samples of the run], NaN = not there."""
 
     value: NDArray[np.float64]
     cluster: NDArray[np.int32]
@@ -231,11 +236,12 @@ def _replaced_warning(count: int) -> str:
 
 
 def _scores(run: Run, rows_of: Sequence[NDArray[np.int64]], codes: Sequence[int]) -> _Scores:
-    """Averages seeds within each sample; of two cells with one seed the one written last counts."""
-    by_seed: dict[int | None, int] = {}
+    """Averages seeds and draws within each sample; of two cells alike the one written last counts."""
+    alike: dict[tuple[int, int], int] = {}
     for code in sorted(codes, key=lambda c: int(rows_of[c].max())):
-        by_seed[run.cells[code].seed] = code
-    kept = tuple(by_seed[seed] for seed in sorted(by_seed, key=lambda seed: -1 if seed is None else seed))
+        cell = run.cells[code]
+        alike[-1 if cell.seed is None else cell.seed, cell.draw] = code
+    kept = tuple(alike[key] for key in sorted(alike))
     rows = np.concatenate([rows_of[code] for code in kept])
     done = rows[~np.isnan(run.score[rows])]
     count = np.bincount(run.sample[done], minlength=len(run.samples))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -75,6 +76,7 @@ class CompressedCache(Cache):
     Lengths are physical; positions are given to the model by the caller, so RoPE goes on at the true place.
     """
 
+    @torch.inference_mode()
     def __init__(self, rows: Sequence[Row], room: int | Sequence[int], memory: Workspace | None = None) -> None:
         """room: new tokens that will fit, for all rows or per row. memory: reused by one cache after the other; a cache
         is valid until the next one is made on it."""
@@ -112,11 +114,13 @@ class CompressedCache(Cache):
         """bool [R, 1 or H_kv, new, used]: which slots each of the new tokens sees; None: all of them."""
         return self.layers[layer].slots.visible(new)
 
+    @torch.inference_mode()
     def advance(self, new: int) -> None:
         """After a forward pass of `new` tokens: they stay. A negative number takes the newest back."""
         for slots in {id(layer.slots): layer.slots for layer in self.layers}.values():
             slots.advance(new)
 
+    @torch.inference_mode()
     def release(self, rows: Sequence[int]) -> None:
         """These rows of the batch have ended."""
         for slots in {id(layer.slots): layer.slots for layer in self.layers}.values():
@@ -126,6 +130,7 @@ class CompressedCache(Cache):
         """KV pairs the row holds over all layers and heads, where some of them left while generating; else None."""
         return None
 
+    @torch.inference_mode()
     def reform(self, keep: Sequence[int], rows: Sequence[Row], room: Sequence[int]) -> None:
         """The batch becomes the rows of `keep` (ascending) and, behind them, new ones with their room."""
         entering = self.filled(rows, room) if rows else [None] * len(self.layers)

@@ -12,7 +12,7 @@ from kvcli.config import SweepConfig, read_yaml
 from kvcli.errors import KvcliError, unknown
 
 ENVIRONMENT = "KVCLI_"
-_GRID, _MODEL, _RUNNING = "Grid", "Model", "Running"
+_GRID, _ANSWERS, _MODEL, _RUNNING = "Grid", "While generating", "Model", "Running"
 
 
 def _option(*names: str, help: str, panel: str, metavar: str | None = None) -> Any:
@@ -101,14 +101,65 @@ Limit = Annotated[
     int | None,
     _option("--limit", "-n", help="First N samples of each task's fixed permutation.", panel=_GRID, metavar="N"),
 ]
+DecodeRatio = Annotated[
+    str | None,
+    _option(
+        "--decode-ratio",
+        help="Kept ratio of generated tokens: off, same (as --ratio) or R; a list [default: off].",
+        panel=_ANSWERS,
+        metavar="R,R",
+    ),
+]
+DecodeBudget = Annotated[
+    str | None,
+    _option("--decode-budget", help="Generated tokens kept, instead of --decode-ratio.", panel=_ANSWERS, metavar="N,N"),
+]
+DecodeInterval = Annotated[
+    int | None,
+    _option(
+        "--decode-interval", help="Compress after every K generated tokens [default: 1].", panel=_ANSWERS, metavar="K"
+    ),
+]
+Cap = Annotated[
+    str | None,
+    _option(
+        "--cap", help="grow, or fixed: the cache never exceeds the prompt's budget.", panel=_ANSWERS, metavar="WHICH"
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    _option(
+        "--temperature", help="Sample answers; 0 takes the likeliest token [default: 0].", panel=_ANSWERS, metavar="T"
+    ),
+]
+TopP = Annotated[
+    float | None, _option("--top-p", help="Sample from the likeliest tokens of this mass.", panel=_ANSWERS, metavar="P")
+]
+Draws = Annotated[
+    int | None, _option("--draws", help="Sampled answers per prompt [default: 1].", panel=_ANSWERS, metavar="K")
+]
 MaxNewTokens = Annotated[
     int | None,
-    _option("--max-new-tokens", help="Length of answers [default: the task's own].", panel=_RUNNING, metavar="N"),
+    _option("--max-new-tokens", help="Length of answers [default: the task's own].", panel=_ANSWERS, metavar="N"),
 ]
 MaxPromptTokens = Annotated[
     int | None, _option("--max-prompt-tokens", help="Refuse longer prompts.", panel=_RUNNING, metavar="N")
 ]
-IgnoreEos = Annotated[bool | None, _option("--ignore-eos", help="Always generate the full length.", panel=_RUNNING)]
+IgnoreEos = Annotated[bool | None, _option("--ignore-eos", help="Always generate the full length.", panel=_ANSWERS)]
+Deterministic = Annotated[
+    bool | None,
+    _option(
+        "--deterministic", help="Batches keep their shape to the end: slower, bit for bit the same.", panel=_RUNNING
+    ),
+]
+Fidelity = Annotated[
+    bool | None,
+    _option(
+        "--fidelity/--no-fidelity",
+        help="Compare predictions on full's own answer (KL, top-1, NLL) [default: yes].",
+        panel=_RUNNING,
+    ),
+]
 DataDir = Annotated[
     str | None,
     _option(
@@ -185,9 +236,15 @@ def collect(typed: dict[str, Any]) -> dict[str, Any]:
     named: dict[str, Any] = {name: (v,) if isinstance(v, str) else v for name, v in lists.items()}
     if named["tasks"]:
         named["tasks"] = tuple(piece.strip() for text in named["tasks"] for piece in text.split(","))
-    for name, option in (("budgets", "budget"), ("seeds", "seed"), ("shots", "shots")):
-        named[name] = integers(f"--{option}", typed.pop(option))
+    for name, option in (
+        ("budgets", "budget"),
+        ("seeds", "seed"),
+        ("shots", "shots"),
+        ("decode_budgets", "decode_budget"),
+    ):
+        named[name] = integers(f"--{option.replace('_', '-')}", typed.pop(option))
     named["first_token"] = words(typed.pop("first_token"))
+    named["decode_ratios"] = words(typed.pop("decode_ratio"))
     return {key: value for key, value in {**named, **typed}.items() if value is not None and value != []}
 
 
@@ -201,7 +258,8 @@ def layered(passed: dict[str, Any], preset: str | None, file: Path | None) -> Sw
     sources = [(_environment(), "KVCLI_* variables"), (_preset(preset), f"--preset {preset}")]
     sources += [(read_yaml(file), str(file))] if file is not None else []
     for source, given in [*sources, (passed, "the command line")]:
-        for name, other in (("ratios", "budgets"), ("budgets", "ratios")):
+        for name, other in (("ratios", "budgets"), ("budgets", "ratios"), ("decode_ratios", "decode_budgets"),
+                            ("decode_budgets", "decode_ratios")):  # fmt: skip
             if name in source and other not in source:
                 values.pop(other, None)  # the later source replaces the earlier one's way of saying it
         values.update(_checked(source, given))

@@ -190,7 +190,8 @@ def _named(record: Record, methods: list[str], ratios: list[Decimal]) -> bool:
 
 def _cell(record: Record) -> dict[str, Any]:
     fields = (
-        "cell_id", "method", "ratio", "budget", "measured_ratio", "first_token", "shots", "seed", "status", "error",
+        "cell_id", "method", "ratio", "budget", "measured_ratio", "first_token", "shots", "seed", "draw",
+        "decode", "status", "error",
         "score", "extracted", "output", "finish", "flags", "n_prompt", "kept", "kept_by_region",
     )  # fmt: skip
     return {name: record.get(name) for name in fields}
@@ -255,7 +256,9 @@ def _show_prompt(facts: dict[str, Any], long: bool) -> None:
 def _name(cell: dict[str, Any]) -> str:
     mode = "" if cell["first_token"] in ("compressed", "n/a", None) else f", first token from {cell['first_token']}"
     seed = f", seed {cell['seed']}" if cell["seed"] else ""
-    return f"{cell['method']} {_size(cell)}{mode}{seed}"
+    draw = f", draw {cell['draw']}" if cell.get("draw") else ""
+    decode = names.decoding(cell.get("decode"))
+    return f"{cell['method']} {_size(cell)}{', ' * bool(decode)}{decode}{mode}{seed}{draw}"
 
 
 def _size(cell: dict[str, Any]) -> str:
@@ -271,7 +274,9 @@ def _row(cell: dict[str, Any], long: bool) -> tuple[Any, ...]:
         text = " ".join(text.split())
         text = text if len(text) <= 100 else text[:97] + "..."
     measured, score = _short(cell["measured_ratio"]), _short(cell["score"])
-    return cell["method"], _size(cell), measured, score, cell["extracted"], " ".join(cell["flags"] or []) or "-", text
+    extras = [names.decoding(cell.get("decode")), f"draw {cell['draw']}" if cell.get("draw") else ""]
+    method = " ".join(filter(None, [cell["method"], *(f"[{x}]" for x in extras if x)]))
+    return method, _size(cell), measured, score, cell["extracted"], " ".join(cell["flags"] or []) or "-", text
 
 
 def _short(value: float | None) -> float | None:

@@ -53,6 +53,7 @@ def forced(ask: Ask, ids: Sequence[int]) -> tuple[list[int], list[int]]:
     return ([ask.start.token, *ids[:-1]], ids) if ask.start.given is None else (ids[:-1], ids[1:])
 
 
+@torch.inference_mode()
 def references(model: Model, asks: Sequence[Ask], answers: Sequence[list[int]], memory: Workspace) -> list[Reference]:
     """Full's predictions on its own answers, one row at a time. asks: rows of `full`."""
     from kvcli.cache.kv_cache import CompressedCache

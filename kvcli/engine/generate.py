@@ -146,6 +146,7 @@ class _Batch:
         done, self.done = self.done, []
         return done
 
+    @torch.inference_mode()
     def refill(self) -> None:
         """Lets rows leave and enter once half of the batch has ended."""
         if self.asks and len(self.live) > (0 if self.steady else len(self.asks) // 2):
