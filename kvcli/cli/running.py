@@ -94,25 +94,57 @@ def _announce(session: Any, *, json: bool, dry_run: bool) -> None:
         from dataclasses import asdict
 
         output.json_result(
-            {"out": str(session.folder), **asdict(facts), "cells_list": [c.describe() for c in session.wanted]}
+            {
+                "out": str(session.folder),
+                **asdict(facts),
+                "peak_bytes": facts.memory.peak,
+                "cells_list": [c.describe() for c in session.wanted],
+            }
         )
         return
-    shared = facts.separate_prefill_tokens / max(1, facts.prefill_tokens)
     cells = f"{facts.cells} cell{'s' * (facts.cells != 1)}, {facts.samples} prompt{'s' * (facts.samples != 1)}"
     lines = [f"{cells}: nothing left to do"]
     if facts.records:
+        shared = facts.separate_prefill_tokens / max(1, facts.prefill_tokens)
         lines = [
             f"{cells}, {facts.records:,} records to come ({facts.record_bytes / 2**20:.1f} MiB)",
             f"{facts.prefill_tokens:,} tokens to prefill"
             + (f" ({shared:.0f} times fewer than cell by cell)" if shared >= 1.5 else "")
-            + f", up to {facts.decode_tokens:,} to decode, {facts.cache_bytes / 2**20:.0f} MiB of caches",
+            + f", up to {facts.decode_tokens:,} to decode, about {output.size(facts.memory.peak)} of memory",
             f"about {output.duration(facts.seconds)} ({session.prepared.dtype} on {session.prepared.device})",
         ]
+    if dry_run and facts.records:
+        lines[-1:-1] = _details(facts)
     if dry_run:
         output.result("\n".join(lines))
     else:
         for line in lines:
             output.note(line)
+
+
+_SHARING = {
+    1: "one prefill for all of them",
+    2: "one prefill for all of them, and an extra pass per prompt",
+    3: "a prefill of its own per cell",
+}
+
+
+def _details(facts: Any) -> list[str]:
+    """Prefill groups, storage kinds and memory, for --dry-run."""
+    lines = ["prefill groups"]
+    for g in facts.groups:
+        lines.append(
+            f"  {g.task}, {g.shots} shot{'s' * (g.shots != 1)}: {g.cells} cell{'s' * (g.cells != 1)} x {g.prompts} prompts, "
+            f"{_SHARING[g.sharing]}: {g.tokens:,} tokens instead of {g.tokens_alone:,}"
+        )
+    lines.append("storage kinds")
+    for kind in facts.storage:
+        what = "caches that only grow" if kind.kind == "kept" else f"{kind.kind} evicts while generating"
+        lines.append(f"  {what}: {kind.cells} cell{'s' * (kind.cells != 1)}, {kind.rows:,} rows")
+    parts = {"weights": facts.memory.weights, "prompts": facts.memory.prompts, "compressed caches": facts.memory.decode,
+             "activations": facts.memory.activations}  # fmt: skip
+    lines.append("memory at the peak: " + ", ".join(f"{name} {output.size(n)}" for name, n in parts.items()))
+    return lines
 
 
 def _finish(session: Any, outcome: Any, reason: str, json: bool) -> int:

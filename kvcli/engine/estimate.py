@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from kvcli.engine.memory import CHUNK
 from kvcli.engine.plan import Plan, padded_share
 from kvcli.engine.prepare import PromptSet
+
+if TYPE_CHECKING:
+    from kvcli.methods.base import Method
 
 RECORD_BYTES = 1500
 """A record without its output; measured on the testbed."""
 TOKEN_BYTES = 12
 """Text and id of one generated token."""
-RECORD_SECONDS = 3e-3
+RECORD_SECONDS = 5e-3
 """Selection, scoring and writing of one record, an order of magnitude."""
 STEP_OVERHEAD = 4e-4
 """Seconds per layer and forward pass that no batch size avoids (kernel launches and Python), an order of magnitude."""
+ACTIVATIONS = 12
+"""Tensors as wide as the hidden state that a layer's forward pass holds at its widest, as an order of magnitude."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,8 @@ class Sizes:
     kv_elements: int
     """Elements of one token's KV pairs over all layers."""
     parameters: int
+    hidden: int
+    vocabulary: int
 
     @classmethod
     def of(cls, config: Any) -> Sizes:
@@ -35,15 +45,56 @@ class Sizes:
         dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         per_layer = config.hidden_size * dim * 2 * (heads + kv_heads) + 3 * config.hidden_size * inner
-        layers = config.num_hidden_layers
-        parameters = layers * per_layer + config.vocab_size * config.hidden_size
-        return cls(layers, layers * kv_heads * dim * 2, parameters)
+        layers, vocabulary = config.num_hidden_layers, config.vocab_size
+        parameters = layers * per_layer + vocabulary * config.hidden_size
+        return cls(layers, layers * kv_heads * dim * 2, parameters, config.hidden_size, vocabulary)
 
 
-def decode_rows(config: Any, itemsize: int, longest: int, memory: int, most: int) -> int:
-    """Rows per decode batch so that their caches stay within `memory` bytes; at least 1, at most `most`."""
+def rows_that_fit(config: Any, itemsize: int, longest: int, memory: int, most: int) -> int:
+    """Rows whose full caches of `longest` tokens stay within `memory` bytes; at least 1, at most `most`."""
     row = Sizes.of(config).kv_elements * itemsize * longest
     return int(max(1, min(most, memory // max(1, row))))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cells that share the prefills of one prompt set. sharing: the class of METHODS: 1 select from shared statistics,
+    2 with an extra pass per prompt, 3 each cell prefills for itself."""
+
+    task: str
+    shots: int
+    sharing: int
+    cells: int
+    prompts: int
+    tokens: int
+    """Tokens to prefill, shared beginnings once."""
+    tokens_alone: int
+    """The same if every cell and prompt were prefilled whole."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Rows that may share a decode batch. kind: `kept` (the cache only grows) or the method that goes on evicting."""
+
+    kind: str
+    cells: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak, by what holds them; activations are an order of magnitude."""
+
+    weights: int
+    prompts: int
+    """Dense caches of the samples that are prefilled together."""
+    decode: int
+    """Compressed caches of one decode batch, padding, room and the spare layer included."""
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.prompts + self.decode + self.activations
 
 
 @dataclass(frozen=True)
@@ -51,63 +102,143 @@ class Estimate:
     cells: int
     samples: int
     records: int
+    groups: list[Group]
+    storage: list[Storage]
     prefill_tokens: int
     decode_tokens: int
     separate_prefill_tokens: int
     """Tokens to prefill if every cell ran on its own."""
-    cache_bytes: int
+    memory: Memory
     record_bytes: int
     seconds: float
 
 
+@dataclass
+class _Work:
+    """Sums over the batches that are still to run."""
+
+    records: int = 0
+    decode: int = 0
+    steps: int = 0
+    passes: int = 0
+    read: int = 0
+    caches: int = 0
+    dense: int = 0
+
+
 def estimate(
     plan: Plan, wanted: set[str], prompt_sets: dict[tuple[str, int], PromptSet], sizes: Sizes, itemsize: int, rows: int,
-    length: int | None, done: set[tuple[str, str]], limit: int | None,
+    length: int | None, done: set[tuple[str, str]], limit: int | None, methods: dict[str, Method],
 ) -> Estimate:  # fmt: skip
     """What is still to do of the wanted cells and first `limit` samples; done: (cell, sample) pairs with a record.
 
-    Upper bounds: every row is taken to generate its task's most tokens. length: --max-new-tokens.
+    Upper bounds: every row is taken to generate its task's most tokens. length: --max-new-tokens. methods: by text.
     """
-    records = prefill = separate = decode = steps = passes = caches = 0
+    work = _Work()
+    missing: set[tuple[str, int]] = set()
+    token = sizes.kv_elements * itemsize
     for batch in plan.batches:
         prompts = prompt_sets[batch.task, batch.shots]
-        samples, members = (
-            range(batch.start, min(batch.end, limit or batch.end)),
-            [c for c in batch.cells if c.id in wanted],
-        )
-        missing = {(c.id, i) for c in members for i in samples if (c.id, prompts.samples[i].id) not in done}
-        if not missing:
+        samples = range(batch.start, min(batch.end, limit or batch.end))
+        members = [c for c in batch.cells if c.id in wanted]
+        mine = {(c.id, i) for c in members for i in samples if (c.id, prompts.samples[i].id) not in done}
+        if not mine:
             continue
-        tokens = {i: len(prompts.prompts[i].ids) for i in samples}
+        missing |= mine
         new = length or prompts.task.max_new_tokens
-        records += len(missing)
-        prefill += sum(tokens.values())
-        separate += sum(tokens[i] for _, i in missing)
-        decode += len(missing) * new
-        decodes = [d for d in batch.decode_batches(rows) if any((c.id, batch.start + i) in missing for i, c in d.rows)]
-        steps += new * len(decodes)
-        passes += 1
+        longest = max(len(prompts.prompts[i].ids) for i in samples) + new
+        decodes = [d for d in batch.decode_batches(rows) if any((c.id, batch.start + i) in mine for i, c in d.rows)]
         largest = max(padded_share(d.rows) for d in decodes)
-        caches = max(caches, int(largest * (max(tokens.values()) + new) * sizes.kv_elements * itemsize))
-    flops = 2 * sizes.parameters * (prefill + decode)
-    seconds = flops / _speed() + (steps + passes) * sizes.layers * STEP_OVERHEAD + records * RECORD_SECONDS
+        work.records += len(mine)
+        work.decode += len(mine) * new
+        work.steps += new * len(decodes)
+        work.passes += 1
+        work.read += int(sum(padded_share(d.rows) for d in decodes) * longest * token * new)
+        work.caches = max(work.caches, int(largest * longest * token * (1 + 1 / sizes.layers)))
+        work.dense = max(work.dense, len(samples) * longest * token)
+    groups = _groups(plan, prompt_sets, missing, methods)
+    prefill = sum(group.tokens for group in groups)
+    flops = 2 * sizes.parameters * (prefill + work.decode)
+    weights = sizes.parameters * itemsize
+    pace = _pace()
+    seconds = flops / pace.flops + (work.read + work.steps * weights) / pace.bandwidth
+    seconds += (work.steps + work.passes) * sizes.layers * STEP_OVERHEAD + work.records * RECORD_SECONDS
+    wide = max((len(p.ids) for s in prompt_sets.values() for p in s.prompts), default=1)
+    activations = min(wide * 8, CHUNK) * sizes.hidden * ACTIVATIONS * itemsize + rows * sizes.vocabulary * 4
     return Estimate(
-        cells=len(wanted), samples=sum(plan.samples.values()), records=records, prefill_tokens=prefill,
-        decode_tokens=decode, separate_prefill_tokens=separate, cache_bytes=caches,
-        record_bytes=records * RECORD_BYTES + decode * TOKEN_BYTES, seconds=seconds,
+        cells=len(wanted), samples=sum(plan.samples.values()), records=work.records, groups=groups,
+        storage=_storage(plan, missing), prefill_tokens=prefill, decode_tokens=work.decode,
+        separate_prefill_tokens=sum(group.tokens_alone for group in groups),
+        memory=Memory(weights, work.dense, work.caches, activations),
+        record_bytes=work.records * RECORD_BYTES + work.decode * TOKEN_BYTES, seconds=seconds,
     )  # fmt: skip
 
 
-def _speed() -> float:
-    """Floating-point operations per second of this machine's matrix product, measured for a moment."""
+def _groups(
+    plan: Plan, prompt_sets: dict[tuple[str, int], PromptSet], missing: set[tuple[str, int]],
+    methods: dict[str, Method],
+) -> list[Group]:  # fmt: skip
+    found = []
+    for (task, shots), prompts in prompt_sets.items():
+        mine = [(plan.cells[cell], i) for cell, i in missing if plan.cells[cell].prompt_key == (task, shots)]
+        for sharing in (1, 2, 3):
+            rows = [(cell, i) for cell, i in mine if methods[cell.method].sharing == sharing]
+            if not rows:
+                continue
+            samples = sorted({i for _, i in rows})
+            alone = sum(len(prompts.prompts[i].ids) for _, i in rows)
+            tokens = alone if sharing == 3 else _shared_tokens([prompts.prompts[i] for i in samples])
+            cells = len({cell.id for cell, _ in rows})
+            found.append(Group(task, shots, sharing, cells, len(samples), tokens, alone))
+    return found
+
+
+def _shared_tokens(prompts: Sequence[Any]) -> int:
+    """Tokens to prefill when what prompts begin with alike is prefilled once."""
+    from kvcli.engine.prefixes import question_start, shared_cuts
+
+    cuts = shared_cuts([p.ids for p in prompts], [min(question_start(p.regions), len(p.ids) - 1) for p in prompts])
+    own = sum(len(p.ids) - (cut[-1] if cut else 0) for p, cut in zip(prompts, cuts, strict=True))
+    pieces: dict[tuple[int, ...], int] = {}
+    for prompt, ends in zip(prompts, cuts, strict=True):
+        for start, end in zip((0, *ends), ends, strict=False):
+            pieces[tuple(prompt.ids[:end])] = end - start
+    return own + sum(pieces.values())
+
+
+def _storage(plan: Plan, missing: set[tuple[str, int]]) -> list[Storage]:
+    rows = Counter(plan.cells[cell].storage for cell, _ in missing)
+    cells: dict[str, set[str]] = {}
+    for cell, _ in missing:
+        cells.setdefault(plan.cells[cell].storage, set()).add(cell)
+    return [Storage(kind or "kept", len(cells[kind]), rows[kind]) for kind in sorted(rows)]
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """What this machine does per second, measured for a moment: float operations, bytes read."""
+
+    flops: float
+    bandwidth: float
+
+
+def _pace() -> _Pace:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = 2048 if device == "cuda" else 384
     a = torch.randn(size, size, device=device)
-    float((a @ a)[0, 0])
-    started, runs = time.perf_counter(), 0
+    cache = torch.ones(1 << 23, device=device)
+    once = _seconds(lambda: float((a @ a)[0, 0]))
+    read = _seconds(lambda: float(cache.sum()))
+    return _Pace(0.5 * 2 * size**3 / once, 0.5 * cache.nbytes / read)
+
+
+def _seconds(run: Any) -> float:
+    """Of one call, over a few of them."""
+    run()
+    started, calls = time.perf_counter(), 0
     while time.perf_counter() - started < 0.03:
-        float((a @ a)[0, 0])
-        runs += 1
-    return 0.5 * 2 * size**3 * runs / (time.perf_counter() - started)
+        run()
+        calls += 1
+    return (time.perf_counter() - started) / calls

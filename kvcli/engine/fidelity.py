@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvcli.cache.kv_cache import CompressedCache
 from kvcli.cache.workspace import Workspace
 from kvcli.engine.generate import Ask, Build
 from kvcli.engine.memory import Room
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 256
 """Of full's answer so many tokens are compared; later ones follow from the same caches and would cost more memory."""
+_WIDE = 1 << 16
 _LOGITS = 1 << 24
 """Logits computed at a time."""
 
@@ -54,17 +56,11 @@ def forced(ask: Ask, ids: Sequence[int]) -> tuple[list[int], list[int]]:
 
 
 @torch.inference_mode()
-def references(model: Model, asks: Sequence[Ask], answers: Sequence[list[int]], memory: Workspace) -> list[Reference]:
-    """Full's predictions on its own answers, one row at a time. asks: rows of `full`."""
-    from kvcli.cache.kv_cache import CompressedCache
-
-    found = []
-    for ask, ids in zip(asks, answers, strict=True):
-        fed = [forced(ask, ids)[0]]
-        parts = [logits[0] for _, logits in _passes(model, [ask], fed, 1 << 16, memory, CompressedCache)]
-        logits = torch.cat(parts) if parts else torch.empty(0, model.vocabulary)
-        found.append(Reference(list(ids), logits, ask.start.given is not None))
-    return found
+def reference(model: Model, ask: Ask, ids: list[int], memory: Workspace) -> Reference:
+    """Full's predictions on its own answer `ids`. ask: a row of `full`."""
+    parts = [logits[0] for _, logits in _passes(model, [ask], [forced(ask, ids)[0]], _WIDE, memory, CompressedCache)]
+    logits = torch.cat(parts) if parts else torch.empty(0, model.vocabulary)
+    return Reference(list(ids), logits, ask.start.given is not None)
 
 
 @torch.inference_mode()
@@ -75,7 +71,7 @@ def distances(
     that was taken from the prefill. one: the caches take one token at a time."""
     pairs = [forced(ask, ref.ids) for ask, ref in zip(asks, answers, strict=True)]
     sums = torch.zeros(len(asks), 3, dtype=torch.double, device=model.device)
-    width = 1 if one else 1 << 16
+    width = 1 if one else _WIDE
     for first, logits in _passes(model, asks, [fed for fed, _ in pairs], width, memory, build):
         for r, (ref, (fed, right)) in enumerate(zip(answers, pairs, strict=True)):
             count = min(len(fed) - first, logits.shape[1])

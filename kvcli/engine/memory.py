@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from kvcli.cache.rows import Row
 
 
+CHUNK = 8192
+"""Prompt tokens that run through the model together: longer prompts run in pieces, so that activations stay bounded."""
+
+
 @dataclass(frozen=True)
 class Room:
     """Limits of one decode batch: bytes of its padded cache, and rows; None = no limit."""

@@ -111,7 +111,7 @@ class PoolCache(CompressedCache):
 
 def lowest(rank: Tensor, position: Tensor, competing: Tensor, count: Tensor) -> Tensor:
     """bool [R, H_kv, S]: the `count` [R, H_kv] lowest-ranked competing pairs, of equal ones the newest; +inf never."""
-    rank = rank.float().masked_fill(~competing, float("inf"))
+    rank = rank.masked_fill(~competing, float("inf"))
     if int(count.max()) <= 1:
         tie = (rank == rank.amin(-1, keepdim=True)) & (rank < float("inf"))
         newest = position.where(tie, -1).amax(-1, keepdim=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -23,15 +25,13 @@ class SharedContextWritten(KvcliError):
     """A method changed what the others read: the whole command ends, because no later row can be trusted."""
 
 
-def select(method: Method, ctx: Context, budget: Budget) -> Selection:
-    """The method's selection, checked, with the flag `noop` where the prompt was too short to compress.
-
-    Raises BadSelection when positions are unsorted, repeated or outside the prompt, when the last one is missing, or
-    when the total exceeds the budget at the method's scope without the flag `over_budget`.
-    """
+@contextmanager
+def guarded(method: Method) -> Iterator[None]:
+    """Runs a method's code so that writing into what all methods share is an error: outside inference mode, its tensors
+    (made inside) do not let themselves be written."""
     try:
-        with torch.no_grad():  # ctx holds inference tensors: outside inference mode, writing into them is an error
-            selection = method.select(ctx, budget)
+        with torch.inference_mode(False), torch.no_grad():
+            yield
     except RuntimeError as e:
         if "nference tensor" not in str(e):
             raise
@@ -39,6 +39,21 @@ def select(method: Method, ctx: Context, budget: Budget) -> Selection:
         raise SharedContextWritten(
             what, given=f"--method {type(method).__name__}", fix="copy first: ctx.keys[i].clone()"
         ) from e
+
+
+def select(method: Method, ctx: Context, budget: Budget) -> Selection:
+    """The method's selection, held against the contract."""
+    with guarded(method):
+        selection = method.select(ctx, budget)
+    return checked(selection, method, ctx, budget)
+
+
+def checked(selection: Selection, method: Method, ctx: Context, budget: Budget) -> Selection:
+    """The selection, with the flag `noop` where the prompt was too short to compress.
+
+    Raises BadSelection when positions are unsorted, repeated or outside the prompt, when the last one is missing, or
+    when the total exceeds the budget at the method's scope without the flag `over_budget`.
+    """
     _check_form(selection.kept, ctx, method.keeps_last)
     counts = kept_counts(selection.kept, ctx.kv_heads)
     if method.domain.kind == "continuous" and "over_budget" not in selection.flags:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcli.config import GRID, HOUSEKEEPING, SweepConfig
-from kvcli.engine.estimate import Estimate, Sizes, decode_rows, estimate
+from kvcli.engine.estimate import Estimate, Sizes, estimate, rows_that_fit
 from kvcli.engine.plan import MAX_DECODE_ROWS, Cell, Generation, Plan, make_cells
 from kvcli.engine.prepare import Prepared, Request, prepare, task_text
 from kvcli.errors import KvcliError
+from kvcli.methods import catalog
 from kvcli.results.schema import SCHEMA
 
 if TYPE_CHECKING:
@@ -42,15 +43,18 @@ class Session:
     done: set[tuple[str, str]]
     """(cell, sample) pairs that already have a record."""
 
-    def estimate(self) -> Estimate:
-        import torch
+    def cache_bytes(self) -> int:
+        """Bytes of one decode batch's caches."""
+        row = Sizes.of(self.prepared.model_config).kv_elements * _itemsize(self.prepared) * _longest(self.prepared)
+        return self.decode_rows * row
 
-        item = getattr(torch, self.prepared.dtype).itemsize
+    def estimate(self) -> Estimate:
         length = self.prepared.request.config.max_new_tokens
         config = self.prepared.model_config
         return estimate(
-            self.plan, {c.id for c in self.wanted}, self.prepared.prompt_sets, Sizes.of(config), item, self.decode_rows,
-            length, self.done, self.prepared.request.config.limit,
+            self.plan, {c.id for c in self.wanted}, self.prepared.prompt_sets, Sizes.of(config),
+            _itemsize(self.prepared), self.decode_rows, length, self.done, self.prepared.request.config.limit,
+            {c.method: catalog.build(c.method) for c in self.plan.cells.values()},
         )  # fmt: skip
 
 
@@ -78,12 +82,15 @@ def open_session(request: Request, say: Callable[[str], None]) -> Session:
     done = _same_samples(prepared, folder)
     batching = old.get("batching", {})
     own = request.config.prefill_batch
-    prefill_rows = own if own != SweepConfig.prefill_batch else batching.get("prefill_rows", own)
-    plan = prepared.plan([Generation(tuple(g["cells"]), g["grid"]["limit"]) for g in generations], prefill_rows)
-    asked = request.config.decode_batch or request.config.memory
-    rows = _rows(prepared) if asked else batching.get("decode_rows") or _rows(prepared)
+    if own == SweepConfig.prefill_batch:
+        own = batching.get("prefill_rows") or min(own, _rows(prepared, own))
+    plan = prepared.plan([Generation(tuple(g["cells"]), g["grid"]["limit"]) for g in generations], own)
+    rows = request.config.decode_batch
+    if not rows:
+        fit = _rows(prepared, MAX_DECODE_ROWS)
+        rows = fit if request.config.memory else batching.get("decode_rows") or fit
     run = {**old, "identity": identity, "generations": generations,
-           "batching": {"decode_rows": rows, "prefill_rows": prefill_rows}}  # fmt: skip
+           "batching": {**batching, "decode_rows": rows, "prefill_rows": own}}  # fmt: skip
     return Session(prepared, plan, wanted, run, rows, folder, done)
 
 
@@ -146,20 +153,27 @@ def _same_samples(prepared: Prepared, folder: Path) -> set[tuple[str, str]]:
     return done
 
 
-def _rows(prepared: Prepared) -> int:
-    import torch
+def _rows(prepared: Prepared, most: int) -> int:
+    """Rows of the longest prompt and its answer that fit the memory for caches."""
+    kind = prepared.device.partition(":")[0]
+    memory = prepared.request.config.memory
+    room = parse_memory(memory) if memory else DEFAULT_MEMORY.get(kind, 1 << 30)
+    return rows_that_fit(prepared.model_config, _itemsize(prepared), _longest(prepared), room, most)
 
-    config = prepared.request.config
-    if config.decode_batch:
-        return config.decode_batch
-    kind = torch.device(prepared.device).type
-    memory = parse_memory(config.memory) if config.memory else DEFAULT_MEMORY.get(kind, 1 << 30)
+
+def _longest(prepared: Prepared) -> int:
+    """Tokens of the longest prompt with its answer."""
     longest = 1
     for prompts in prepared.prompt_sets.values():
-        room = config.max_new_tokens or prompts.task.max_new_tokens
+        room = prepared.request.config.max_new_tokens or prompts.task.max_new_tokens
         longest = max([longest, *(len(p.ids) + room for p in prompts.prompts)])
-    item = getattr(torch, prepared.dtype).itemsize
-    return decode_rows(prepared.model_config, item, longest, memory, MAX_DECODE_ROWS)
+    return longest
+
+
+def _itemsize(prepared: Prepared) -> int:
+    import torch
+
+    return int(getattr(torch, prepared.dtype).itemsize)
 
 
 def parse_memory(text: str) -> int:
@@ -216,7 +230,8 @@ def execute(
         wanted = {c.id for c in session.wanted}
         options = Options(
             session.decode_rows, config.keep_maps, config.store_prompts, config.max_new_tokens, config.ignore_eos,
-            config.strict_window, config.deterministic, config.fidelity, None, config.temperature, config.top_p,
+            config.strict_window, config.deterministic, config.fidelity, session.cache_bytes(), config.temperature,
+            config.top_p,
         )  # fmt: skip
         runner = Runner(
             None, session.plan, prepared.prompt_sets, store, options, stop, progress,  # type: ignore[arg-type]
@@ -247,8 +262,12 @@ def execute(
                 outcome = runner.run()
             status = "stopped" if outcome.stopped else "done"
         finally:
+            for what in outcome.halved:
+                warn(f"{what}; went on in smaller batches")
             with store.edit_run() as run:
                 run["status"] = status
+                if outcome.halved:
+                    run["batching"]["out_of_memory"] = [*run["batching"].get("out_of_memory", ()), *outcome.halved]
     return outcome
 
 

@@ -80,8 +80,8 @@ class Context:
     def extra(self, name: str) -> Any:
         """What an extra pass of the model over this prompt gives, run at most once per prompt.
 
-        'reconstruction': per layer [H_kv, n] float32, the most attention each key received while the model repeated
-        the prompt (kvcli.models.passes). A method must name it in `needs()`.
+        'reconstruction': how much attention each key received while the model repeated the prompt
+        (kvcli.models.reconstruction). A method must name it in `needs()`.
         """
         return self.once(("pass", name), self.passes[name])
 

@@ -18,10 +18,10 @@ class Generating:
 
     position [R, H_kv, S] int64: true position of each slot's pair, -1 where a slot is empty.
     competing [R, H_kv, S] bool: pairs that may be evicted: all of them (unified), or the generated ones (separate).
-    attention [R, H, S] float32: the newest query's attention over the slots, 0 in empty ones; None unless
+    attention [R, H, S] float32 at least: the newest query's attention over the slots, 0 in empty ones; None unless
         `decode_reads`.
     state[name] [R, X, S, ...], X any number of heads: the method's own figures per slot, begun by `decode_start`,
-        changed in place by `decode_update`; 0 in a new slot.
+        of any dtype, changed in place by `decode_update`; 0 in a new slot.
     n, newest, cap [R, 1, 1] int64: prompt tokens, position of the newest token, and how many competing pairs may stay.
     counts [R, 1, 1] bool: False where the newest query is the last prompt token fed again, whose attention the
         prefill's statistics hold already.
@@ -48,15 +48,8 @@ class Generating:
         return grouped.mean(2) if reduce == "mean" else grouped.amax(2)
 
     def all_heads_alike(self, score: Tensor) -> Tensor:
-        """[R, 1, S] -> [R, H_kv, S]: one ranking for all KV heads of the layer."""
+        """[R, 1, S] -> [R, H_kv, S]: one ranking for all KV heads of the layer.
+
+        Only for methods whose KV heads always hold the same positions: then their slots agree.
+        """
         return score.expand(-1, self.kv_heads, -1)
-
-    def newest_competing(self, count: Tensor | int) -> Tensor:
-        """bool [R, H_kv, S]: the `count` (a number or [R, 1, 1]) newest competing pairs of each row and head."""
-        import torch
-
-        position = self.position.where(self.competing, -1)
-        order = position.sort(-1, descending=True).values
-        size = torch.as_tensor(count, device=position.device).expand(position.shape[0], 1, 1)
-        last = (size - 1).clamp(0, position.shape[-1] - 1).expand(-1, position.shape[1], -1)
-        return self.competing & (position >= order.gather(-1, last)) & (size > 0)

@@ -8,27 +8,35 @@ from typing import TYPE_CHECKING
 from kvcli.methods.base import Method, Selection, setting
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from kvcli.cache.budget import Budget
     from kvcli.methods.context import Context
+    from kvcli.methods.generating import Generating
 
 
 @dataclass(frozen=True)
 class StreamingLLM(Method):
     """Sinks and recent tokens, the same in every layer and head. Source: arXiv:2309.17453, section 3.2.
 
-    Differs: the paper never lets a token see what fell out of its window; after a dense prefill the kept states have
-    already mixed in what is dropped, so results are optimistic. `rerotate=true` gives the kept keys the paper's
-    positions inside the cache; by default they keep their original ones.
+    While generating, the sinks stay (at most half of the cap) and the oldest of the others leave. Differs: the paper
+    never lets a token see what fell out of its window; after a dense prefill the kept states have already mixed in what
+    is dropped, so results are optimistic. `rerotate=true` gives the kept keys the paper's positions inside the cache;
+    by default they keep their original ones. Those positions would move at every eviction, so with `rerotate=true`
+    generated tokens are not compressed.
     """
 
     name = "streaming_llm"
     title = "StreamingLLM"
     paper = "arXiv:2309.17453"
     tier = 1
+    phases = ("prefill", "decode")
     protects = "sinks, at most half of the budget"
+    decoding = "unified"
+    decode_reads = False
 
     sinks: int = setting(4, ge=0, help="first tokens always kept")
-    rerotate: bool = setting(False, help="positions inside the cache, as in the paper")
+    rerotate: bool = setting(False, help="positions inside the cache, as in the paper; no decode phase")
 
     def select(self, ctx: Context, budget: Budget) -> Selection:
         import torch
@@ -42,3 +50,10 @@ class StreamingLLM(Method):
         flags = frozenset({"fallback"}) if sinks < self.sinks else frozenset()
         kept = torch.cat([whole(sinks), torch.arange(ctx.n - (keep - sinks), ctx.n)])
         return Selection([kept] * ctx.layers, flags, rerotate=self.rerotate)
+
+    def decodes(self) -> bool:
+        return not self.rerotate
+
+    def decode_rank(self, view: Generating) -> Tensor:
+        sinks = (view.cap // 2).clamp_max(self.sinks)
+        return view.position.float().masked_fill(view.position < sinks, float("inf"))

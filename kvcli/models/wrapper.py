@@ -52,9 +52,6 @@ class Prefilled:
         return self.capture.dense(row, self.keys, self.values)
 
 
-CHUNK = 8192
-"""Tokens of one prompt that run together; longer prompts run in pieces, so that their activations stay bounded."""
-
 PROBE = (5, 17, 3, 29, 11, 2, 23, 7)
 """Token ids of the probe: small enough for any vocabulary."""
 
@@ -117,7 +114,8 @@ class Model:
         needs: Needs,
         question_from: int,
         prefix: Dense | None = None,
-        chunk: int = CHUNK,
+        *,
+        chunk: int,
     ) -> tuple[Dense, Prefilled]:
         """One prompt of any length, densely in chunks: exact, each chunk a prefix of the next. Returns the whole
         prompt's cache and the last chunk's pass."""

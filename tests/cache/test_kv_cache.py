@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,13 @@ from hypothesis import strategies as st
 from kvcli.cache.budget import Budget, share_out
 from kvcli.cache.kv_cache import CompressedCache
 from kvcli.cache.rows import Kept, Row, head_positions, kept_counts, payload_bytes
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    """As the engine runs it: a cache's tensors are written in inference mode only."""
+    with torch.inference_mode():
+        yield
 
 
 def dense(

@@ -17,15 +17,17 @@ from kvcli.cache.kv_cache import CompressedCache
 from kvcli.cache.rows import Kept, Row, head_positions
 from kvcli.config import SweepConfig
 from kvcli.engine.generate import Ask, Start, StopRules, generate
-from kvcli.engine.runner import question_start
+from kvcli.engine.prefilling import PASSES
+from kvcli.engine.prefixes import question_start
 from kvcli.engine.selecting import select
 from kvcli.errors import KvcliError
 from kvcli.methods import catalog
 from kvcli.methods.context import Context
+from kvcli.models.reconstruction import reconstruction
 from kvcli.models.wrapper import Model, Prefilled
 from tests.engine import tiny
 
-METHODS = [n for n in catalog.names() if n != "full" and catalog.find(n).sharing == 1]
+METHODS = [n for n in catalog.names() if n != "full" and catalog.find(n).kind == "evict"]
 TIER1 = SweepConfig(methods=tuple(METHODS), ratios=("0.2", "0.5"), first_token=("compressed", "prefill"))
 
 
@@ -40,12 +42,13 @@ def exact() -> Iterator[Model]:
 
 def prefilled(model: Model, n: int, needs: set[str]) -> tuple[Prefilled, Context]:
     prompt = tiny.prompt(n, seed=n)
-    done = model.prefill([prompt.ids], Needs.of(needs), [question_start(prompt.regions)])
+    done = model.prefill([prompt.ids], Needs.of(needs - PASSES), [question_start(prompt.regions)])
     dense = done.dense(0)
     context = Context(
         n=n, heads=model.shapes.heads, kv_heads=model.shapes.kv_heads[0], token_ids=prompt.ids, regions=prompt.regions,
         keys=dense.keys, values=dense.values, column_sums=dense.column_sums, window_queries=dense.window_queries,
         scaling=done.capture.scaling, sample_id="s", seed=0,
+        passes={"reconstruction": lambda: reconstruction(model, dense, prompt.ids, prompt.regions)},
     )  # fmt: skip
     return done, context
 

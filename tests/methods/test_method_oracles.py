@@ -1,4 +1,4 @@
-"""Every prompt-phase method of tier 1, index for index, against the slow loops in tests/oracles."""
+"""Prompt-phase methods, index for index, against the slow loops in tests/oracles."""
 
 from __future__ import annotations
 
@@ -21,25 +21,29 @@ WINDOWED = [
     "snapkv:window=4,kernel=3,reduce=max", "snapkv:window=64,kernel=99",
     "pyramidkv", "pyramidkv:window=32,pool=avg", "pyramidkv:window=4,kernel=3,beta=2", "pyramidkv:beta=1,reduce=max",
     "chunkkv", "chunkkv:window=4", "chunkkv:window=8,chunk=3", "chunkkv:window=8,reuse=2", "chunkkv:window=1,chunk=1",
+    "scope:prefill=snapkv", "scope:prefill=snapkv,reduce=max,window=4",
+    "scissorhands", "scissorhands:history=7", "scissorhands:history=50,recent=1,reduce=max",
 ]  # fmt: skip
 POSITIONAL = ["streaming_llm", "streaming_llm:sinks=0", "streaming_llm:sinks=1", "streaming_llm:sinks=20"]
-SUMMED = ["h2o", "h2o:reduce=max"]
+LAST = ["tova"]
+SUMMED = ["h2o", "h2o:reduce=max", "scope", "scope:reduce=max,window=3"]
 SHOTS = [
     "shotkv", "shotkv:scope=all-layers", "shotkv:queries=question", "shotkv:fit=stop",
     "shotkv:scope=all-layers,queries=question,fit=stop",
 ]  # fmt: skip
+WINDOWED_SHOTS = ["shotkv:queries=window", "shotkv:queries=window,window=3,scope=all-layers"]
 
 
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("text", [*POSITIONAL, *SUMMED, *WINDOWED])
+@pytest.mark.parametrize("text", [*POSITIONAL, *SUMMED, *LAST, *WINDOWED])
 def test_tokens_agree(prompt_of: PromptOf, text: str, group: int, n: int) -> None:
     for ratio in RATIOS:
         assert_agrees(text, prompt_of(n, group), ratio)
 
 
 @pytest.mark.parametrize("n", LENGTHS)
-@pytest.mark.parametrize("text", WINDOWED)
+@pytest.mark.parametrize("text", [*WINDOWED, "scope"])
 def test_strict_windows_agree(prompt_of: PromptOf, text: str, n: int) -> None:
     """--strict-window keeps the whole window and says over_budget instead of cutting."""
     for ratio in RATIOS:
@@ -48,7 +52,7 @@ def test_strict_windows_agree(prompt_of: PromptOf, text: str, n: int) -> None:
 
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("regions", ["shots", "context", "mixed", "union", "open", "plain"])
-@pytest.mark.parametrize("text", SHOTS)
+@pytest.mark.parametrize("text", [*SHOTS, *WINDOWED_SHOTS])
 def test_shots_agree(prompt_of: PromptOf, text: str, regions: str, n: int) -> None:
     for ratio in RATIOS:
         for group in (1, 2) if n < 200 else (4,):
@@ -71,7 +75,9 @@ def test_depth_agrees(text: str, layers: int) -> None:
 
 
 @pytest.mark.parametrize("kv_heads, group", [(1, 1), (1, 8), (8, 1), (3, 2)])
-@pytest.mark.parametrize("text", ["h2o", "snapkv:window=8", "pyramidkv", "chunkkv:window=8", "shotkv"])
+@pytest.mark.parametrize(
+    "text", ["h2o", "snapkv:window=8", "pyramidkv", "chunkkv:window=8", "shotkv", "tova", "scissorhands", "scope"]
+)
 def test_head_shapes_agree(text: str, kv_heads: int, group: int) -> None:
     prompt = random_prompt(40, kv_heads=kv_heads, group=group, layers=2, seed=4)
     for ratio in RATIOS:
@@ -88,6 +94,14 @@ def test_even_attention_ties_by_position(kind: str, n: int) -> None:
     for window in (1, 2):
         for ratio in RATIOS:
             assert_agrees_exactly(f"{kind}:window={window}", tied_prompt(n), ratio)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("text", ["tova", "scissorhands", "scissorhands:history=3", "scope:prefill=snapkv,window=2"])
+def test_even_attention_is_nobodys_favour(text: str, n: int) -> None:
+    """An even share is not below 1/t: all keys tie, and the first stay."""
+    for ratio in RATIOS:
+        assert_agrees_exactly(text, tied_prompt(n), ratio)
 
 
 @pytest.mark.parametrize("n", [4, 16, 64, 256])

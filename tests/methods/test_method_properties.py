@@ -1,4 +1,4 @@
-"""Properties of every tier-1 selection on arbitrary prompts, layouts, shapes and ratios."""
+"""Properties of selections on arbitrary prompts, layouts, shapes and ratios."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ DETERMINED = [
     "streaming_llm", "streaming_llm:sinks=9", "h2o", "h2o:reduce=max",
     "snapkv", "snapkv:window=3,kernel=3", "snapkv:pool=avg",
     "pyramidkv", "pyramidkv:window=3,beta=2", "chunkkv", "chunkkv:window=3,chunk=4", "chunkkv:window=2,reuse=2",
-    "shotkv", "shotkv:scope=all-layers", "shotkv:queries=question", "shotkv:fit=stop",
+    "shotkv", "shotkv:scope=all-layers", "shotkv:queries=question", "shotkv:queries=window,window=3", "shotkv:fit=stop",
+    "tova", "scissorhands", "scissorhands:history=5,recent=2", "scope", "scope:prefill=snapkv,window=3",
 ]  # fmt: skip
 RANDOM = ["random", "random:sinks=4,window=8", "random_shot", "random_shot:scope=all-layers", "random_shot:fit=stop"]
 QUICK = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -120,7 +121,9 @@ def test_random_shot_protects_what_shotkv_protects(text: str, prompt: Prompt, ra
     assert ("over_budget" in flags) == (len(fixed) > budget_for(prompt, ratio).per_head)
 
 
-@pytest.mark.parametrize("text", ["h2o", "snapkv:window=3", "streaming_llm", "random"])
+@pytest.mark.parametrize(
+    "text", ["h2o", "snapkv:window=3", "streaming_llm", "random", "tova", "scissorhands:recent=2", "scope:window=3"]
+)
 @given(prompt=prompts(), ratio=ratios)
 @QUICK
 def test_per_head_methods_use_the_whole_budget(text: str, prompt: Prompt, ratio: str) -> None:

@@ -17,15 +17,18 @@ from tests.oracles.h2o import h2o
 from tests.oracles.picks import Answer
 from tests.oracles.prompts import Array, Prompt, budget
 from tests.oracles.pyramidkv import pyramidkv
+from tests.oracles.scissorhands import scissorhands
+from tests.oracles.scope import scope
 from tests.oracles.shotkv import shotkv
 from tests.oracles.snapkv import snapkv
 from tests.oracles.streaming_llm import streaming_llm
+from tests.oracles.tova import tova
 
 Kept = list[list[list[int]]]
 """[layer][kv_head] -> sorted positions."""
 
 ORACLES: dict[str, Callable[..., Answer]] = {
-    f.__name__: f for f in (streaming_llm, h2o, snapkv, pyramidkv, chunkkv, shotkv)
+    f.__name__: f for f in (streaming_llm, h2o, snapkv, pyramidkv, chunkkv, shotkv, tova, scissorhands, scope)
 }
 
 

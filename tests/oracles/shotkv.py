@@ -25,19 +25,28 @@ def units_of(prompt: Prompt) -> list[list[int]]:
     return sorted([*shots.values(), *blocks], key=lambda unit: unit[0])
 
 
+def _received(prompt: Prompt, queries: str, window: int) -> list[Array]:
+    """Per layer [H, n]: what each key received from the queries that count: all, the question's, the last `window`."""
+    if queries != "window":
+        return prompt.column_sums(queries)
+    last = range(max(0, prompt.n - window), prompt.n)
+    return [sum((weights[:, i] for i in last), 0 * weights[:, 0]) for weights in prompt.attention]
+
+
 def shotkv(
     prompt: Prompt,
     size: int,
     *,
     scope: str = "layer",
     queries: str = "all",
+    window: int = 32,
     fit: str = "skip",
     column_sums: list[Array] | None = None,
 ) -> Answer:
     units = units_of(prompt)
     forced = {*prompt.positions("special", "system", "question"), prompt.n - 1}
     scores = []
-    for sums in column_sums or prompt.column_sums(queries):
+    for sums in _received(prompt, queries, window) if column_sums is None else column_sums:
         per_token = [sum(float(sums[h, p]) for h in range(prompt.heads)) for p in range(prompt.n)]
         scores.append([sum(per_token[p] for p in unit) / len(unit) for unit in units])
     if scope == "all-layers":

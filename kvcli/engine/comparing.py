@@ -1,0 +1,83 @@
+"""Finished rows beside what `full` answered to the same prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvcli.cache.kv_cache import CompressedCache
+from kvcli.cache.workspace import Workspace
+from kvcli.engine import fidelity
+from kvcli.engine.asking import Asker, Choice
+from kvcli.engine.generate import Ask, Build
+from kvcli.engine.memory import Room
+from kvcli.engine.plan import Cell
+from kvcli.engine.prefilling import Ready
+from kvcli.engine.prepare import PromptSet
+from kvcli.models.wrapper import Model
+
+Key = tuple[str, str]
+"""Mode (`mode_of`) and sample."""
+
+
+def mode_of(cell: Cell, first_token: str | None = None) -> str:
+    """Cells of one mode are compared with one answer of `full`: task, shots, first-token mode, and how it was drawn."""
+    drawn = (cell.seed or 0, cell.draw) if cell.key.get("temperature") else ()
+    return "/".join(map(str, (cell.task, cell.shots, first_token or cell.first_token, *drawn)))
+
+
+@dataclass
+class Comparer:
+    """answers: output ids of `full`. Its predictions are computed again where they are needed, once per prompt."""
+
+    model: Model
+    asker: Asker
+    answers: dict[Key, list[int]]
+    memory: Workspace = field(default_factory=Workspace)
+    _references: dict[Key, fidelity.Reference] = field(default_factory=dict)
+
+    def note(self, choice: Choice, ids: list[int]) -> None:
+        """Keeps the answer of a row of `full`."""
+        if choice.cell.method == "full":
+            self.answers[mode_of(choice.cell), choice.context.sample_id] = ids
+
+    def key(self, choice: Choice) -> Key | None:
+        """Where full's answer to this row's prompt is; None where there is none (yet)."""
+        modes = ("prefill", "compressed") if choice.cell.first_token == "n/a" else (choice.cell.first_token,)
+        keys = [(mode_of(choice.cell, mode), choice.context.sample_id) for mode in modes]
+        return next((key for key in keys if key in self.answers), None)
+
+    def answer(self, choice: Choice) -> list[int] | None:
+        key = self.key(choice)
+        return None if key is None else self.answers[key]
+
+    def clear(self) -> None:
+        """Gives up full's predictions: the next prompts are other ones."""
+        self._references.clear()
+
+    def distances(
+        self, prompts: PromptSet, asks: Sequence[Ask], ready: dict[int, Ready], build: Build, room: Room
+    ) -> list[fidelity.Distance | None]:
+        """Per row how far its cache moves the predictions of full's answer; None without such an answer."""
+        found: list[fidelity.Distance | None] = [None] * len(asks)
+        keys = [None if ask.tag.cell.method == "full" else self.key(ask.tag) for ask in asks]
+        mine = [(i, self._reference(prompts, asks[i].tag, key, ready)) for i, key in enumerate(keys) if key is not None]
+        one = build is not CompressedCache
+        for some in fidelity.batches([asks[i] for i, _ in mine], room):
+            part = [mine[at] for at in some]
+            rows, answers = [asks[i] for i, _ in part], [answer for _, answer in part]
+            measured = fidelity.distances(self.model, rows, answers, self.memory, build, one=one)
+            for (i, _), distance in zip(part, measured, strict=True):
+                found[i] = distance
+        return found
+
+    def _reference(self, prompts: PromptSet, choice: Choice, key: Key, ready: dict[int, Ready]) -> fidelity.Reference:
+        if key not in self._references:
+            mode = key[0].split("/")[2]
+            cell = dataclasses.replace(
+                choice.cell, method="full", ratio="1", budget=None, decode=None, first_token=mode
+            )
+            ask = self.asker.ask(prompts, choice.sample, cell, ready[choice.sample])
+            self._references[key] = fidelity.reference(self.model, ask, self.answers[key], self.memory)
+        return self._references[key]

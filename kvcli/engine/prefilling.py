@@ -1,0 +1,120 @@
+"""Samples of a prefill batch through the model, once for all their cells."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from kvcli.attention.capture import Dense, Needs
+from kvcli.engine.memory import CHUNK
+from kvcli.engine.plan import PrefillBatch
+from kvcli.engine.prefixes import PrefixCache, question_start, shared_cuts
+from kvcli.engine.prepare import PromptSet
+from kvcli.methods.context import Context
+from kvcli.models.reconstruction import reconstruction
+from kvcli.models.wrapper import Model, Prefilled
+
+PASSES = frozenset({"reconstruction"})
+"""Needs that an extra pass of the model meets, not the prefill."""
+
+
+@dataclass
+class Ready:
+    """A prefilled sample. logits [V]: what the dense prefill says of the first answer token."""
+
+    context: Context
+    logits: Tensor
+    seconds: float = 0.0
+
+
+@dataclass
+class Prefiller:
+    """Prefills samples behind the prefixes they share, in passes of at most one chunk of tokens."""
+
+    model: Model
+    _shared: dict[Any, tuple[list[tuple[int, ...]], PrefixCache]] = field(default_factory=dict)
+
+    def run(self, prompts: PromptSet, batch: PrefillBatch, rows: Sequence[int], names: set[str]) -> dict[int, Ready]:
+        """The batch's samples `rows` with the statistics `names` of `Method.needs()`."""
+        started = time.perf_counter()
+        needs = Needs.of(names - PASSES)
+        cuts, prefixes = self._prefixes(prompts, batch, needs)
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row in rows:
+            mine = cuts[batch.start + row]
+            begin = prompts.prompts[batch.start + row].ids[: mine[-1]] if mine else []
+            groups.setdefault(tuple(begin), []).append(row)
+        ready: dict[int, Ready] = {}
+        for shared, members in groups.items():
+            prefix = prefixes.get(shared, cuts[batch.start + members[0]])
+            lengths = [len(prompts.prompts[batch.start + row].ids) - len(shared) for row in members]
+            for some in _together(members, lengths):
+                ready.update(self._pass(prompts, [batch.start + row for row in some], some, needs, prefix))
+        for each in ready.values():
+            each.seconds = (time.perf_counter() - started) / len(ready)
+        return ready
+
+    def clear(self) -> None:
+        """Gives up the prefixes held."""
+        self._shared.clear()
+
+    def _pass(
+        self, prompts: PromptSet, indices: list[int], rows: list[int], needs: Needs, prefix: Dense | None
+    ) -> Iterator[tuple[int, Ready]]:
+        n = 0 if prefix is None else prefix.n
+        ids = [prompts.prompts[i].ids[n:] for i in indices]
+        questions = [question_start(prompts.prompts[i].regions) - n for i in indices]
+        done: Prefilled
+        if len(ids) == 1:
+            dense, done = self.model.prefill_one(ids[0], needs, questions[0], prefix, chunk=CHUNK)
+            denses = [dense]
+        else:
+            done = self.model.prefill(ids, needs, questions, prefix)
+            denses = [done.dense(at) for at in range(len(ids))]
+        for at, (row, index) in enumerate(zip(rows, indices, strict=True)):
+            yield row, Ready(self._context(denses[at], done.capture.scaling, prompts, index), done.logits[at])
+
+    def _prefixes(
+        self, prompts: PromptSet, batch: PrefillBatch, needs: Needs
+    ) -> tuple[list[tuple[int, ...]], PrefixCache]:
+        """Where shared prefixes end in each prompt of the batch's generation, and the cache that holds them."""
+        key = (batch.task, batch.shots, batch.samples, needs)
+        if key not in self._shared:
+            some = prompts.prompts[: batch.samples]
+            limits = [min(question_start(p.regions), len(p.ids) - 1) for p in some]
+
+            def extend(ids: Sequence[int], parent: Dense | None) -> Dense:
+                return self.model.prefill_one(ids, needs, len(ids), parent, chunk=CHUNK)[0]
+
+            self.clear()  # one prompt set at a time
+            self._shared[key] = shared_cuts([p.ids for p in some], limits), PrefixCache(extend)
+        return self._shared[key]
+
+    def _context(self, dense: Dense, scaling: list[float], prompts: PromptSet, index: int) -> Context:
+        prompt, shapes = prompts.prompts[index], self.model.shapes
+        again = partial(reconstruction, self.model, dense, prompt.ids, prompt.regions)
+        return Context(
+            n=dense.n, heads=shapes.heads, kv_heads=shapes.kv_heads[0], token_ids=prompt.ids, regions=prompt.regions,
+            keys=dense.keys, values=dense.values, column_sums=dense.column_sums, window_queries=dense.window_queries,
+            scaling=scaling, sample_id=prompts.samples[index].id, seed=0, token_text=prompt.token_text,
+            passes={"reconstruction": again},
+        )  # fmt: skip
+
+
+def _together(rows: list[int], lengths: list[int]) -> Iterator[list[int]]:
+    """Rows in their order, so many at a time that their padded tokens stay within one chunk."""
+    some: list[int] = []
+    longest = 0
+    for row, length in zip(rows, lengths, strict=True):
+        if some and max(longest, length) * (len(some) + 1) > CHUNK:
+            yield some
+            some, longest = [], 0
+        some.append(row)
+        longest = max(longest, length)
+    if some:
+        yield some
