@@ -92,7 +92,7 @@ class Sink:
 def kvcli_sweep(model: Any, work: Workload, keep_maps: int) -> tuple[Sink, float]:
     """One sweep over the whole grid; the time includes everything after the model is in memory."""
     from kvcli.config import SweepConfig
-    from kvcli.engine.estimate import decode_rows
+    from kvcli.engine.estimate import Sizes, rows_that_fit
     from kvcli.engine.plan import MAX_DECODE_ROWS, Generation, make_cells, make_plan
     from kvcli.engine.prepare import PromptSet
     from kvcli.engine.runner import Options, Runner
@@ -132,8 +132,9 @@ def kvcli_sweep(model: Any, work: Workload, keep_maps: int) -> tuple[Sink, float
     plan = make_plan(cells, [Generation(tuple(c.id for c in cells), None)], {("bench", 0): len(lists)}, len(lists))
     sink = Sink()
     longest = max(map(len, lists)) + work.new
-    rows = decode_rows(model.hf.config, 4, longest, DEFAULT_MEMORY["cpu"], MAX_DECODE_ROWS)  # as `kvcli sweep` does
-    options = Options(rows, keep_maps=keep_maps, ignore_eos=True)
+    rows = rows_that_fit(model.hf.config, 4, longest, DEFAULT_MEMORY["cpu"], MAX_DECODE_ROWS)  # as `kvcli sweep` does
+    memory = rows * longest * Sizes.of(model.hf.config).kv_elements * 4
+    options = Options(rows, keep_maps=keep_maps, ignore_eos=True, memory=memory)
     outcome = Runner(model, plan, sets, sink, options).run()
     if outcome.errors:
         raise SystemExit(f"kvcli failed: {sink.records[0]['error']}")

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Segments = Sequence[tuple[int, int, int]]
+"""(first row, row behind the last, slots to look at), covering all rows in order."""
 
-def decode(query: Tensor, key: Tensor, value: Tensor, scaling: float, visible: Tensor | None) -> Tensor:
+
+def decode(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, visible: Tensor | None, segments: Segments = ()
+) -> Tensor:
     """Attention of Q new tokens over a compressed cache and themselves.
 
     query [R, H, Q, D]; key, value [R, H_kv, S, D] with the new tokens' own among the slots; visible bool
-    [R or 1, 1 or H_kv, Q, S]: the slots each new token sees (None: all). Returns [R, H, Q, D].
+    [R or 1, 1 or H_kv, Q, S]: the slots each new token sees (None: all). On a CPU, which is bound by reading the cache,
+    each segment of rows is read apart and only as far as it is filled. Returns [R, H, Q, D].
     """
     rows, heads, new, dim = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
     packed = query.reshape(rows, kv_heads, group * new, dim)
     if new == 1 and query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64):
-        return _one_token(packed, key, value, scaling, visible)[0].reshape(rows, heads, new, dim)
+        out = query.new_empty(rows, kv_heads, group, value.shape[-1])
+        for a, b, used in segments or [(0, rows, key.shape[2])]:
+            seen = None if visible is None else visible[a:b, ..., :used]
+            out[a:b] = _one_token(packed[a:b], key[a:b, :, :used], value[a:b, :, :used], scaling, seen)[0]
+        return out.reshape(rows, heads, new, -1)
     mask = visible if visible is None or new == 1 else visible.repeat(1, 1, group, 1)
     out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(rows, heads, new, dim)

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+APART = 0.8
+"""Rows of less than this share of a neighbour's length are read apart from it."""
+
 
 class Fill:
     """Pairs stand from the left without gaps; new ones go behind them. Shared by layers that are filled alike.
@@ -36,6 +39,18 @@ class Fill:
     def used(self, new: int) -> int:
         """Slots to look at when `new` tokens were just written."""
         return max(self.longest) + new
+
+    def segments(self, new: int) -> list[tuple[int, int, int]]:
+        """(first row, row behind the last, slots to look at): neighbouring rows that are about equally full."""
+        found: list[tuple[int, int, int]] = []
+        for row, length in enumerate(have + new for have in self.longest):
+            if found:
+                first, _, most = found[-1]
+                if APART * max(most, length) <= min(most, length):
+                    found[-1] = (first, row + 1, max(most, length))
+                    continue
+            found.append((row, row + 1, length))
+        return found
 
     def take(self, new: int) -> Tensor:
         """[R, 1 or H_kv, new]: slots of the new tokens."""

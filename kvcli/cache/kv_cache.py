@@ -22,6 +22,8 @@ class Slots(Protocol):
 
     def used(self, new: int) -> int: ...
 
+    def segments(self, new: int) -> list[tuple[int, int, int]]: ...
+
     def take(self, new: int) -> Tensor: ...
 
     def visible(self, new: int) -> Tensor | None: ...
@@ -109,6 +111,10 @@ class CompressedCache(Cache):
 
     def settle(self, layer: int, attention: Tensor | None) -> None:
         """After a layer's attention of one new token: [R, H, used] float32 where `reads_attention`."""
+
+    def segments(self, layer: int, new: int) -> list[tuple[int, int, int]]:
+        """(first row, row behind the last, slots to look at) of neighbouring rows that are about equally full."""
+        return self.layers[layer].slots.segments(new)
 
     def visible(self, layer: int, new: int) -> Tensor | None:
         """bool [R, 1 or H_kv, new, used]: which slots each of the new tokens sees; None: all of them."""

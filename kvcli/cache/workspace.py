@@ -9,7 +9,7 @@ import math
 
 from torch import Tensor
 
-SPARE = 4
+SPARE = 16
 """A buffer is made 1/SPARE larger than asked for: the next cache may be a little larger."""
 
 

@@ -211,6 +211,9 @@ class Pool:
     def used(self, new: int) -> int:
         return max(min(have + new, most) for have, most in zip(self.longest, self.most, strict=True))
 
+    def segments(self, new: int) -> list[tuple[int, int, int]]:
+        return [(0, len(self.most), self.used(new))]
+
     def take(self, new: int) -> Tensor:
         """[R, H_kv, 1]: the first free slot of each head, which is the newest token's from now on."""
         slot = (self.position < 0).to(torch.uint8).argmax(-1, keepdim=True)

@@ -77,12 +77,13 @@ class _Decode:
         self.cache = cache
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        visible = self.cache.visible(layer, query.shape[2])
+        new = query.shape[2]
+        visible = self.cache.visible(layer, new)
         if self.cache.reads_attention:
             out, weights = decode_with_weights(query, key, value, scaling, visible)
             self.cache.settle(layer, weights)
             return out
-        out = decode(query, key, value, scaling, visible)
+        out = decode(query, key, value, scaling, visible, self.cache.segments(layer, new))
         self.cache.settle(layer, None)
         return out
 
