@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -89,8 +90,10 @@ class Sink:
         self.kept[cell_id, sample_id] = kept
 
 
-def kvcli_sweep(model: Any, work: Workload, keep_maps: int) -> tuple[Sink, float]:
-    """One sweep over the whole grid; the time includes everything after the model is in memory."""
+def kvcli_sweep(
+    model: Any, work: Workload, keep_maps: int, methods: Sequence[str] = METHODS, ratios: Sequence[str] = KEPT
+) -> tuple[Sink, float]:
+    """One sweep over a grid; the time includes everything after the model is in memory."""
     from kvcli.config import SweepConfig
     from kvcli.engine.estimate import Sizes, rows_that_fit
     from kvcli.engine.plan import MAX_DECODE_ROWS, Generation, make_cells, make_plan
@@ -111,7 +114,7 @@ def kvcli_sweep(model: Any, work: Workload, keep_maps: int) -> tuple[Sink, float
     started = time.perf_counter()
     rules = HERE / "kvpress_rules.py"
     config = SweepConfig(
-        methods=tuple(f"{rules}:{m}" for m in METHODS), ratios=tuple(sorted(KEPT)), first_token=("prefill",),
+        methods=tuple(f"{rules}:{m}" for m in methods), ratios=tuple(sorted(ratios)), first_token=("prefill",),
         full=False, ignore_eos=True,
     )  # fmt: skip
     task = Plain(name="bench", version="1", ability="", metric="", shots=0, max_new_tokens=work.new)

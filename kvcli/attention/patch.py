@@ -68,10 +68,19 @@ def patched(model: Any, state: AttentionState) -> Iterator[None]:
 
     AttentionInterface.register(NAME, _attention)
     before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    if before != NAME:  # inside another such block there is nothing to switch
+        model.set_attn_implementation(NAME)
     token = _STATE.set(state)
     try:
         yield
     finally:
         _STATE.reset(token)
-        model.set_attn_implementation(before)
+        if before != NAME:
+            model.set_attn_implementation(before)
+
+
+class Idle:
+    """Holds the switch over many passes, each of which brings a state of its own: switching visits every module."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        raise RuntimeError("kvcli's attention was called between two passes")

@@ -7,9 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-APART = 0.8
-"""Rows of less than this share of a neighbour's length are read apart from it."""
-
 
 class Fill:
     """Pairs stand from the left without gaps; new ones go behind them. Shared by layers that are filled alike.
@@ -22,6 +19,7 @@ class Fill:
         self._alive = torch.ones(filled.shape[0], 1, dtype=torch.long, device=filled.device)
         self._even = bool((filled == filled[:1, :1]).all())
         self._visible: dict[int, Tensor | None] = {}
+        self._segments: list[tuple[int, int, int]] | None = None
 
     @classmethod
     def of(cls, lengths: Sequence[Sequence[int]], room: Sequence[int], device: torch.device) -> Fill:
@@ -40,17 +38,12 @@ class Fill:
         """Slots to look at when `new` tokens were just written."""
         return max(self.longest) + new
 
-    def segments(self, new: int) -> list[tuple[int, int, int]]:
-        """(first row, row behind the last, slots to look at): neighbouring rows that are about equally full."""
-        found: list[tuple[int, int, int]] = []
-        for row, length in enumerate(have + new for have in self.longest):
-            if found:
-                first, _, most = found[-1]
-                if APART * max(most, length) <= min(most, length):
-                    found[-1] = (first, row + 1, max(most, length))
-                    continue
-            found.append((row, row + 1, length))
-        return found
+    def segments(self, new: int, waste: int) -> list[tuple[int, int, int]]:
+        """(first row, row behind the last, slots to look at): neighbouring rows of about equal length, so that reading
+        each group as far as its longest row is filled looks at no more than `waste` empty slots."""
+        if self._segments is None:
+            self._segments = _segments([have + new for have in self.longest], waste)
+        return self._segments
 
     def take(self, new: int) -> Tensor:
         """[R, 1 or H_kv, new]: slots of the new tokens."""
@@ -73,6 +66,7 @@ class Fill:
         self.filled = self.filled + new * self._alive
         self.longest = [have + new * (most > 0) for have, most in zip(self.longest, self.most, strict=True)]
         self._visible.clear()
+        self._segments = None
 
     def release(self, rows: Sequence[int]) -> None:
         """These rows have ended: nothing of them is looked at again."""
@@ -83,6 +77,7 @@ class Fill:
             self.longest[row] = self.most[row] = 0
         self._even = False
         self._visible.clear()
+        self._segments = None
 
     def reformed(self, keep: Sequence[int], entering: Fill | None) -> Fill:
         """The rows of `keep`, then those of `entering`."""
@@ -93,3 +88,18 @@ class Fill:
             filled = torch.cat([filled.expand(-1, wide), entering.filled.expand(-1, wide)])
             longest, most = longest + entering.longest, most + entering.most
         return Fill(filled, longest, most)
+
+
+def _segments(lengths: list[int], waste: int) -> list[tuple[int, int, int]]:
+    found: list[tuple[int, int, int]] = []
+    empty = 0
+    for row, length in enumerate(lengths):
+        if found:
+            first, _, most = found[-1]
+            more = most - length if length <= most else (length - most) * (row - first)
+            if empty + more <= waste:
+                found[-1], empty = (first, row + 1, max(most, length)), empty + more
+                continue
+        found.append((row, row + 1, length))
+        empty = 0
+    return found

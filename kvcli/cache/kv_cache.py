@@ -13,6 +13,9 @@ from kvcli.cache.fill import Fill
 from kvcli.cache.rows import Row, place
 from kvcli.cache.workspace import Workspace
 
+WASTE = 1 << 20
+"""Bytes of empty slots that reading several rows at once may touch: less costs more calls than it saves."""
+
 
 class Slots(Protocol):
     """Which slots of a layer hold pairs and where new ones go: `Fill` (only grows) or `Pool` (evicts)."""
@@ -22,7 +25,7 @@ class Slots(Protocol):
 
     def used(self, new: int) -> int: ...
 
-    def segments(self, new: int) -> list[tuple[int, int, int]]: ...
+    def segments(self, new: int, waste: int) -> list[tuple[int, int, int]]: ...
 
     def take(self, new: int) -> Tensor: ...
 
@@ -97,7 +100,7 @@ class CompressedCache(Cache):
         fills = []
         for layer in range(rows[0].layers):
             lengths = [row.lengths(layer) for row in rows]
-            key = tuple(map(tuple, lengths))
+            key = tuple(lengths)
             if key not in made:
                 made[key] = Fill.of(lengths, rooms, rows[0].keys[layer].device)
             fills.append(made[key])
@@ -114,7 +117,9 @@ class CompressedCache(Cache):
 
     def segments(self, layer: int, new: int) -> list[tuple[int, int, int]]:
         """(first row, row behind the last, slots to look at) of neighbouring rows that are about equally full."""
-        return self.layers[layer].slots.segments(new)
+        kept = self.layers[layer]
+        slot = (kept._keys[0, :, 0].numel() + kept._values[0, :, 0].numel()) * kept.dtype.itemsize
+        return kept.slots.segments(new, WASTE // slot)
 
     def visible(self, layer: int, new: int) -> Tensor | None:
         """bool [R, 1 or H_kv, new, used]: which slots each of the new tokens sees; None: all of them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,12 +38,13 @@ class Row:
         """Pairs its longest head will ever hold in this layer, with `room` new tokens."""
         return max(self.lengths(layer)) + room
 
-    def lengths(self, layer: int) -> list[int]:
-        """Kept pairs per KV head; one number where all heads of the layer keep the same positions."""
-        form = self.kept[layer]
-        if isinstance(form, list):
-            return [len(p) for p in form]
-        return [form.shape[-1]]
+    def lengths(self, layer: int) -> tuple[int, ...]:
+        """Kept pairs per KV head; one number where all heads of the layer keep equally many."""
+        return self._lengths[layer]
+
+    @cached_property
+    def _lengths(self) -> list[tuple[int, ...]]:
+        return [tuple(map(len, form)) if isinstance(form, list) else (form.shape[-1],) for form in self.kept]
 
 
 def head_positions(kept: Tensor | list[Tensor], kv_heads: int) -> list[Tensor]:

@@ -21,6 +21,7 @@ from kvcli.errors import Exit, KvcliError, unknown
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("kvcli.cli.run", "Measure one method at one kept ratio on one task."),
     "sweep": ("kvcli.cli.sweep", "Measure a grid of methods, kept ratios and tasks."),
+    "bench": ("kvcli.cli.bench", "Measure what methods save in time and memory."),
     "report": (
         "kvcli.cli.report",
         "Write a report: verdicts, tables with intervals and paired differences, figures, provenance.",

@@ -211,7 +211,7 @@ class Pool:
     def used(self, new: int) -> int:
         return max(min(have + new, most) for have, most in zip(self.longest, self.most, strict=True))
 
-    def segments(self, new: int) -> list[tuple[int, int, int]]:
+    def segments(self, new: int, waste: int) -> list[tuple[int, int, int]]:
         return [(0, len(self.most), self.used(new))]
 
     def take(self, new: int) -> Tensor:

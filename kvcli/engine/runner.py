@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kvcli.attention.patch import Idle, patched
 from kvcli.cache.kv_cache import CompressedCache
 from kvcli.cache.workspace import Workspace
 from kvcli.engine.asking import Asker, Choice
@@ -97,9 +98,10 @@ class Runner:
         every = [(self.prompt_sets[b.task, b.shots], b, d.rows) for b in self.plan.batches for d in self._decodes(b)]
         self.total = sum(self._asked(c, b.start + i) for _, b, rows in every for i, c in rows)
         self._tick(self.total - sum(self._open(*item) for item in every), "")
-        for batch in self.plan.batches:
-            if self.outcome.stopped is None:
-                self._prefill_batch(batch)
+        with patched(self.model.hf, Idle()):
+            for batch in self.plan.batches:
+                if self.outcome.stopped is None:
+                    self._prefill_batch(batch)
         return self.outcome
 
     def _method(self, cell: Cell) -> Method:
