@@ -56,14 +56,14 @@ def head_positions(kept: Tensor | list[Tensor], kv_heads: int) -> list[Tensor]:
 
 def kept_counts(kept: Kept, kv_heads: int) -> list[list[int]]:
     """KV pairs per layer and KV head."""
-    return [[len(p) for p in head_positions(layer, kv_heads)] for layer in kept]
+    return [[len(p) for p in form] if isinstance(form, list) else [form.shape[-1]] * kv_heads for form in kept]
 
 
 def payload_bytes(kept: Kept, dims: Sequence[tuple[int, int]]) -> int:
     """16-bit bytes of the kept pairs; dims: (H_kv, key width + value width) per layer."""
     return sum(
-        sum(len(p) for p in head_positions(layer, heads)) * width * STORED_BYTES
-        for layer, (heads, width) in zip(kept, dims, strict=True)
+        sum(kept_counts([form], heads)[0]) * width * STORED_BYTES
+        for form, (heads, width) in zip(kept, dims, strict=True)
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from kvcli.cache.kv_cache import CompressedCache
@@ -37,16 +37,19 @@ class Comparer:
     memory: Workspace = field(default_factory=Workspace)
     _references: dict[Key, fidelity.Reference] = field(default_factory=dict)
 
-    def note(self, choice: Choice, ids: list[int]) -> None:
-        """Keeps the answer of a row of `full`."""
-        if choice.cell.method == "full":
-            self.answers[mode_of(choice.cell), choice.context.sample_id] = ids
+    def note(self, choice: Choice, ids: list[int]) -> set[Key]:
+        """Keeps the answer of a row of `full`; returns its key, nothing for other rows."""
+        if choice.cell.method != "full":
+            return set()
+        key = (mode_of(choice.cell), choice.context.sample_id)
+        self.answers[key] = ids
+        return {key}
 
-    def key(self, choice: Choice) -> Key | None:
-        """Where full's answer to this row's prompt is; None where there is none (yet)."""
+    def key(self, choice: Choice, coming: Collection[Key] = ()) -> Key | None:
+        """Where full's answer to this row's prompt is or, out of `coming`, will be; None where there is none."""
         modes = ("prefill", "compressed") if choice.cell.first_token == "n/a" else (choice.cell.first_token,)
         keys = [(mode_of(choice.cell, mode), choice.context.sample_id) for mode in modes]
-        return next((key for key in keys if key in self.answers), None)
+        return next((key for key in keys if key in self.answers or key in coming), None)
 
     def answer(self, choice: Choice) -> list[int] | None:
         key = self.key(choice)

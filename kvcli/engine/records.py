@@ -57,11 +57,11 @@ def ok_record(
     end = kept + max(0, len(output.ids) - 1) * (dense // n)
     if output.held is not None:
         end = output.held * (dense // n // sum(heads for heads, _ in dims))
-    share = kept_share(selection.kept, kv_heads, n)
+    upto = [0.0, *kept_share(selection.kept, kv_heads, n).cumsum(0).tolist()]
     by_region: dict[str, tuple[float, int]] = {}
     for region in prompt.regions:
         total, size = by_region.get(region.label, (0.0, 0))
-        by_region[region.label] = (total + float(share[region.start : region.end].sum()), size + len(region))
+        by_region[region.label] = (total + upto[region.end] - upto[region.start], size + len(region))
     score = prompts.task.score(sample, output.text)
     if not 0 <= score.value <= 1:
         raise ValueError(f"the scorer of {prompts.task.name} gave {score.value}, scores lie in 0..1")

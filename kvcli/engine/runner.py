@@ -17,7 +17,7 @@ from kvcli.cache.kv_cache import CompressedCache
 from kvcli.cache.workspace import Workspace
 from kvcli.engine.asking import Asker, Choice
 from kvcli.engine.asking import Options as Options
-from kvcli.engine.comparing import Comparer
+from kvcli.engine.comparing import Comparer, mode_of
 from kvcli.engine.fidelity import Distance
 from kvcli.engine.generate import Ask, Build, Generated, OutOfRoom, generate
 from kvcli.engine.memory import Room, is_out_of_memory
@@ -65,7 +65,7 @@ class Outcome:
 class Runner:
     """One pass over a plan.
 
-    `stop(progressed)` is asked before each prefill and decode batch; `progress(done, total, task)` is told after them.
+    `stop(progressed)` is asked before each prefill and each step; `progress(done, total, task)` is told of each record.
     """
 
     model: Model
@@ -90,6 +90,8 @@ class Runner:
         rows = self.options.decode_rows
         self.room = Room(self.options.memory, max(rows, MAX_DECODE_ROWS) if self.options.memory else rows)
         self.seen = self.total = 0
+        self.completed = False
+        """Whether this run has finished a decode batch: one that is stopped is repeated whole."""
 
     def run(self) -> Outcome:
         self.prefiller = Prefiller(self.model)
@@ -131,7 +133,7 @@ class Runner:
 
     def _stopped(self) -> bool:
         if self.outcome.stopped is None:
-            self.outcome.stopped = self.stop(self.outcome.written > 0)
+            self.outcome.stopped = self.stop(self.completed)
         return self.outcome.stopped is not None
 
     def _tick(self, rows: int, label: str) -> None:
@@ -168,6 +170,7 @@ class Runner:
         for decode in todo:
             if not self._stopped():
                 _Decoding(self, prompts, batch, decode, ready).run()
+                self.completed = self.outcome.stopped is None
 
     def _free(self) -> None:
         """Gives memory back after it ran out."""
@@ -212,6 +215,8 @@ class _Decoding:
         """Rows that had no room are asked again in batches half as large; one that has none alone is an error."""
         runner, options = self.runner, self.runner.options
         self.build = self._build()
+        full = [(i, cell) for i, cell in self.decode.rows if cell.method == "full" and i in self.ready]
+        self.unanswered = {(mode_of(cell), self.prompts.samples[self.batch.start + i].id) for i, cell in full}
         self.clock = time.perf_counter()
         room, waiting = runner.room, self._asks()
         while True:
@@ -222,7 +227,7 @@ class _Decoding:
                     stop=runner._stopped,
                 ):  # fmt: skip
                     self.pending.append(done)
-                    runner.comparer.note(done[0].tag, done[1].ids)
+                    self.unanswered -= runner.comparer.note(done[0].tag, done[1].ids)
                     if len(self.pending) >= FLUSH:
                         self._flush()
                 break
@@ -236,7 +241,7 @@ class _Decoding:
                 alone, *again = again
                 self._failed(alone.tag.sample, alone.tag.cell, why)
             waiting = chain(again, waiting)
-        self._flush(last=True)
+        self._flush(last=runner.outcome.stopped is None)
 
     def _build(self) -> Build:
         cell = self.decode.rows[0][1]
@@ -262,10 +267,12 @@ class _Decoding:
         self.runner._failed(self.prompts, self.batch.start + sample, cell, error, self.decode.id)
 
     def _flush(self, last: bool = False) -> None:
-        """Records the finished rows whose `full` has answered; the others wait unless these are the last."""
-        comparer = self.runner.comparer
-        waits = not last and any(cell.method == "full" for cell in self.batch.cells)
-        now = [done for done in self.pending if not waits or comparer.key(done[0].tag) is not None]
+        """Records the finished rows whose `full` has answered; the others wait unless these are the last.
+
+        A batch that is repeated forms the same groups: what was known before it does not count.
+        """
+        keys = [self.runner.comparer.key(done[0].tag, self.unanswered) for done in self.pending]
+        now = [done for done, key in zip(self.pending, keys, strict=True) if last or key not in self.unanswered]
         self.pending = [done for done in self.pending if not any(done is other for other in now)]
         if not now:
             return
@@ -276,19 +283,17 @@ class _Decoding:
 
     def _distances(self, asks: list[Ask]) -> list[Distance | None]:
         runner = self.runner
-        found: list[Distance | None] = [None] * len(asks)
-        mine = [i for i, ask in enumerate(asks) if runner.options.fidelity and self._open(ask.tag)]
+        nothing: list[Distance | None] = [None] * len(asks)
+        if not runner.options.fidelity:
+            return nothing
         try:
-            some = runner.comparer.distances(self.prompts, [asks[i] for i in mine], self.ready, self.build, runner.room)
+            return runner.comparer.distances(self.prompts, asks, self.ready, self.build, runner.room)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             runner._free()
             runner.outcome.halved.append(f"{self.decode.id}: no memory to compare predictions; kl, top1, nll stay null")
-            return found
-        for i, distance in zip(mine, some, strict=True):
-            found[i] = distance
-        return found
+            return nothing
 
     def _open(self, choice: Choice) -> bool:
         """Whether a record of this row is wanted and not there yet."""

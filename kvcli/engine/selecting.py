@@ -84,21 +84,24 @@ def _check_form(kept: Kept, ctx: Context, keeps_last: bool) -> None:
     if len(kept) != ctx.layers:
         raise BadSelection(f"{len(kept)} layers selected, the model has {ctx.layers}")
     for number, layer in enumerate(kept):
-        heads = layer if isinstance(layer, list) else [layer] if layer.dim() == 1 else list(layer)
-        if len(heads) not in (1, ctx.kv_heads):
-            raise BadSelection(f"layer {number}: {len(heads)} heads selected, the model has {ctx.kv_heads}")
-        for positions in heads:
+        parts = layer if isinstance(layer, list) else [layer]
+        heads = len(layer) if isinstance(layer, list) or layer.dim() > 1 else 1
+        if heads not in (1, ctx.kv_heads):
+            raise BadSelection(f"layer {number}: {heads} heads selected, the model has {ctx.kv_heads}")
+        for positions in parts:
             _check_positions(positions, number, ctx.n, keeps_last)
 
 
 def _check_positions(positions: Tensor, layer: int, n: int, keeps_last: bool) -> None:
-    if positions.dtype != torch.long or not len(positions):
+    """positions [K] or [H_kv, K]."""
+    if positions.dtype != torch.long or not positions.numel():
         raise BadSelection(f"layer {layer}: positions must be a non-empty int64 tensor")
-    if not bool((positions[1:] > positions[:-1]).all()):
+    if not bool((positions[..., 1:] > positions[..., :-1]).all()):
         raise BadSelection(f"layer {layer}: positions are not sorted or repeat")
-    if int(positions[0]) < 0 or int(positions[-1]) >= n:
+    last = positions[..., -1]
+    if int(positions[..., 0].min()) < 0 or int(last.max()) >= n:
         raise BadSelection(f"layer {layer}: positions must lie in 0..{n - 1}")
-    if keeps_last and int(positions[-1]) != n - 1:
+    if keeps_last and int(last.min()) != n - 1:
         raise BadSelection(f"layer {layer}: the last prompt token {n - 1} must stay")
 
 
@@ -124,8 +127,8 @@ def positions_kept(kept: Kept, kv_heads: int) -> list[list[list[int]]]:
 
 
 def kept_share(kept: Kept, kv_heads: int, n: int) -> Tensor:
-    """[n] float: share of layers and KV heads that kept each prompt token."""
-    total = torch.zeros(n)
+    """[n] float64: share of layers and KV heads that kept each prompt token."""
+    total = torch.zeros(n, dtype=torch.double)
     for layer in kept:
         if isinstance(layer, list):
             total += torch.bincount(torch.cat(layer), minlength=n) / kv_heads

@@ -224,6 +224,9 @@ def execute(
         torch.set_num_threads(config.threads)
     elif "OMP_NUM_THREADS" not in os.environ and Sizes.of(prepared.model_config).parameters < SMALL:
         torch.set_num_threads(1)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     with _opened(session.folder) as store:
         for note in store.notes:
             warn(note)

@@ -18,8 +18,8 @@ class StopRequest:
     """`with StopRequest(max_time) as stop:` and `stop.asked()` between two pieces of work.
 
     SIGTERM, SIGUSR1, SIGUSR2 and the end of `max_time` seconds (counted from here) ask for exit code 75, the first
-    Ctrl-C for 130: the piece of work in hand is finished and saved. A second Ctrl-C interrupts at once. Outside the
-    main thread, where Python allows no signal handlers, only the time limit counts.
+    Ctrl-C for 130: the step in hand is finished, answers that are whole are saved. A second Ctrl-C interrupts at once.
+    Outside the main thread, where Python allows no signal handlers, only the time limit counts.
     """
 
     def __init__(self, max_time: float | None = None, clock: Callable[[], float] = time.monotonic,
@@ -43,13 +43,13 @@ class StopRequest:
 
     def _early(self, number: int, frame: FrameType | None) -> None:
         if self._asked is None:
-            self._say(f"{signal.Signals(number).name}: finishing the batch in hand")
+            self._say(f"{signal.Signals(number).name}: stopping after this step; what is finished is saved")
         self._asked = self._asked or (Exit.STOPPED_EARLY, signal.Signals(number).name)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self._asked and self._asked[0] is Exit.INTERRUPTED:
             raise KeyboardInterrupt
-        self._say("finishing the batch in hand; Ctrl-C again ends at once, what is finished is saved")
+        self._say("stopping after this step, what is finished is saved; Ctrl-C again ends at once")
         self._asked = (Exit.INTERRUPTED, "Ctrl-C")
 
     def asked(self, progressed: bool = True) -> Exit | None:
