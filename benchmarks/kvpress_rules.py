@@ -74,11 +74,11 @@ class Observed(Method):
     def select(self, ctx: Context, budget: Budget) -> Selection:
         import torch
 
-        seen_by = torch.arange(ctx.n, 0, -1)
         k = kept_count(ctx.n, budget)
         kept = []
         for layer in range(ctx.layers):
-            scores = ctx.per_kv_head(ctx.column_sum(layer)) / seen_by
+            scores = ctx.per_kv_head(ctx.column_sum(layer))
+            scores = scores / torch.arange(ctx.n, 0, -1, device=scores.device)  # the queries that could see the key
             kept.append(largest(scores, k))
         return Selection(kept)
 

@@ -135,8 +135,9 @@ def kvcli_sweep(
     plan = make_plan(cells, [Generation(tuple(c.id for c in cells), None)], {("bench", 0): len(lists)}, len(lists))
     sink = Sink()
     longest = max(map(len, lists)) + work.new
-    rows = rows_that_fit(model.hf.config, 4, longest, DEFAULT_MEMORY["cpu"], MAX_DECODE_ROWS)  # as `kvcli sweep` does
-    memory = rows * longest * Sizes.of(model.hf.config).kv_elements * 4
+    item, most = model.dtype.itemsize, DEFAULT_MEMORY[model.device.type]
+    rows = rows_that_fit(model.hf.config, item, longest, most, MAX_DECODE_ROWS)  # as `kvcli sweep` does
+    memory = rows * longest * Sizes.of(model.hf.config).kv_elements * item
     options = Options(rows, keep_maps=keep_maps, ignore_eos=True, memory=memory)
     outcome = Runner(model, plan, sets, sink, options).run()
     if outcome.errors:

@@ -1,8 +1,8 @@
 """Causal attention of a whole prompt, and its column sums, behind one function.
 
-`blockwise` computes output and column sums together, one block of queries at a time (any device);
-`sdpa` and `flash` take the output (and logsumexp) from a fused kernel and recompute probabilities block by block only
-for the column sums. No n x n tensor is ever held.
+`sdpa` and `flash` take output and logsumexp from a fused kernel (fused.py) and the column sums from one more pass over
+the keys (sums.py). `blockwise` computes both together in plain PyTorch, one block of queries at a time: asked for by
+name, and where no fused kernel fits. No n x n tensor is ever held. `reference` holds it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kvcli.attention import reference
+from kvcli.attention import fused, reference
+from kvcli.attention.sums import column_sums
 
 _BLOCK_BYTES = 32 << 20
 
@@ -21,14 +21,14 @@ Prefix = tuple[Tensor, Tensor]
 """Keys and values [H_kv, P, D] of tokens that stand before every row of a batch."""
 
 
-def choose(backend: str, query: Tensor, sums: bool) -> str:
-    """The backend behind `auto`: flash-attn where it is installed and fits, else SDPA, blockwise for sums on a CPU."""
+def choose(backend: str, query: Tensor) -> str:
+    """The backend behind `auto`: flash-attn where it is installed and fits, else PyTorch's fused kernels."""
     if backend != "auto":
         return backend
     half = query.dtype in (torch.float16, torch.bfloat16)
     if query.device.type == "cuda" and half and query.shape[-1] <= 256 and find_spec("flash_attn") is not None:
         return "flash"
-    return "blockwise" if sums and query.device.type == "cpu" else "sdpa"
+    return "sdpa"
 
 
 def prefill(
@@ -46,19 +46,17 @@ def prefill(
     weights[name] [B, S]: how much each query counts in the sum of that name. Returns output [B, H, S, D] and
     sums[name] [B, H, P + S], float32 at least.
     """
-    backend = choose(backend, query, bool(weights))
+    backend = choose(backend, query)
     if backend == "reference":
         return reference.prefill(query, *_joined(key, value, prefix), scaling, weights)
     if backend == "blockwise":
-        return _blockwise(query, key, value, scaling, weights, prefix, None)
-    if backend == "sdpa" and query.device.type == "cuda" and not weights and prefix is None:
-        gqa = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=gqa), {}
-    fused = _fused(query, key, value, scaling, backend, prefix)
-    if fused is None:  # the kernel keeps its logsumexp to itself, or has no mask for a prefix
-        return _blockwise(query, key, value, scaling, weights, prefix, None)
-    out, lse = fused
-    return out, _blockwise(query, key, value, scaling, weights, prefix, lse)[1] if weights else {}
+        return _blockwise(query, key, value, scaling, weights, prefix)
+    done = _fused(query, key, value, scaling, backend, prefix, exact=bool(weights))
+    if done is None:  # no fused kernel fits, see fused.attention
+        return _blockwise(query, key, value, scaling, weights, prefix)
+    out, lse = done
+    before = None if prefix is None else prefix[0]
+    return out, column_sums(query, key, lse, scaling, weights, before) if weights else {}
 
 
 def _joined(key: Tensor, value: Tensor, prefix: Prefix | None) -> tuple[Tensor, Tensor]:
@@ -69,40 +67,27 @@ def _joined(key: Tensor, value: Tensor, prefix: Prefix | None) -> tuple[Tensor, 
     return tuple(torch.cat([old, new], 2) for old, new in zip(before, (key, value), strict=True))  # type: ignore[return-value]
 
 
-def _repeat(x: Tensor, heads: int) -> Tensor:
-    return x.repeat_interleave(heads // x.shape[1], 1)
-
-
 def _fused(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, backend: str, prefix: Prefix | None
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, backend: str, prefix: Prefix | None, *, exact: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """(output, logsumexp [B, H, S]) of fused kernels; None where they cannot give both."""
-    if backend == "flash":
-        from flash_attn import flash_attn_func
+    """(output, logsumexp [B, H, S]) over prefix and own keys, or None where no fused kernel fits.
 
-        q, k, v = (x.transpose(1, 2) for x in (query, *_joined(key, value, prefix)))
-        out, lse, _ = flash_attn_func(q, k, v, softmax_scale=scaling, causal=True, return_attn_probs=True)
-        return out.transpose(1, 2), lse
-    if query.device.type != "cpu" or query.dtype == torch.float16:
-        return None
-    own = _cpu_flash(query, key, value, scaling, causal=True)
-    if prefix is None:
+    Prefix and own keys are two calls, merged by their logsumexps: the prefix is read once for all rows, and none of it
+    depends on how a kernel aligns its causal mask when there are more keys than queries.
+    """
+    package = backend == "flash"
+    exact |= prefix is not None
+    own = fused.attention(query, key, value, scaling, causal=True, package=package, exact=exact)
+    if own is None or prefix is None:
         return own
     batch, heads, size, dim = query.shape
-    rows = query.transpose(0, 1).reshape(1, heads, batch * size, dim)  # one product with the prefix serves all rows
-    far_out, far_lse = _cpu_flash(rows, prefix[0][None], prefix[1][None], scaling, causal=False)
-    far_out = far_out.view(heads, batch, size, dim).transpose(0, 1)
-    far_lse = far_lse.view(heads, batch, size).transpose(0, 1)
-    lse = torch.logaddexp(own[1], far_lse)
-    near, far = ((part - lse).exp().unsqueeze(-1) for part in (own[1], far_lse))
-    return (near * own[0] + far * far_out).to(query.dtype), lse
-
-
-def _cpu_flash(query: Tensor, key: Tensor, value: Tensor, scaling: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    heads = query.shape[1]
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = flash(query, _repeat(key, heads), _repeat(value, heads), 0.0, causal, scale=scaling)
-    return out, lse
+    rows = query.transpose(0, 1).reshape(1, heads, batch * size, dim)
+    keys, values = (x[None] for x in prefix)
+    far = fused.attention(rows, keys, values, scaling, causal=False, package=package, exact=exact)
+    if far is None:
+        return None
+    out, lse = (x.reshape(heads, batch, size, *x.shape[3:]).transpose(0, 1) for x in far)
+    return fused.merged(own, (out, lse))
 
 
 def _blockwise(
@@ -112,17 +97,15 @@ def _blockwise(
     scaling: float,
     weights: dict[str, Tensor],
     prefix: Prefix | None,
-    lse: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output and column sums, one block of queries against the keys it can see. With lse, sums only."""
+    """Output and column sums, one block of queries against the keys it can see."""
     batch, heads, size, dim = query.shape
-    kv_heads = key.shape[1]
+    kv_heads, width = key.shape[1], value.shape[-1]
     group = heads // kv_heads
     before = 0 if prefix is None else prefix[0].shape[1]
     exact = torch.promote_types(query.dtype, torch.float32)
     grouped = query.view(batch, kv_heads, group, size, dim)
-    out = torch.empty_like(grouped) if lse is None else grouped
-    row_lse = None if lse is None else lse.view(batch, kv_heads, group, size)
+    out = query.new_empty(batch, kv_heads, group, size, width)
     sums = {name: query.new_zeros(batch, kv_heads, group, before + size, dtype=exact) for name in weights}
     rows = max(16, min(size, _BLOCK_BYTES // (batch * heads * (before + size) * 4)))
     exact_key, exact_prefix = key.to(exact), None if prefix is None else prefix[0].to(exact)
@@ -137,19 +120,16 @@ def _blockwise(
         scores = scores.view(batch, kv_heads, group, count, seen).mul_(scaling)
         future = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)
         scores[..., before + start :].masked_fill_(future, float("-inf"))
-        if row_lse is None:
-            p = scores.softmax(-1)
-            flat = p.to(value.dtype).view(batch, kv_heads, group * count, seen)
-            mixed = flat[..., before:] @ value[:, :, :end]
-            if prefix is not None:
-                mixed = mixed + _with_prefix(flat[..., :before], prefix[1])
-            out[:, :, :, start:end] = mixed.view(batch, kv_heads, group, count, dim)
-        else:
-            p = scores.sub_(row_lse[:, :, :, start:end, None]).exp_()
+        p = scores.softmax(-1)
+        flat = p.to(value.dtype).view(batch, kv_heads, group * count, seen)
+        mixed = flat[..., before:] @ value[:, :, :end]
+        if prefix is not None:
+            mixed = mixed + _with_prefix(flat[..., :before], prefix[1])
+        out[:, :, :, start:end] = mixed.view(batch, kv_heads, group, count, width)
         for name, weight in weights.items():
             part = weight[:, start:end].to(exact)[:, None, None, None]
             sums[name][..., :seen] += (part @ p).squeeze(-2)
-    shaped = out.reshape(batch, heads, size, dim)
+    shaped = out.reshape(batch, heads, size, width)
     return shaped, {name: s.view(batch, heads, before + size) for name, s in sums.items()}
 
 

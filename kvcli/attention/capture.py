@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -70,13 +70,15 @@ class Prefill:
     window_queries: list[Tensor] = field(default_factory=list)
     scaling: list[float] = field(default_factory=list)
     calls: int = 0
+    _made: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False)
+    """What all layers of one device share: made once, so that no layer waits for a copy to it."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         self.calls += 1
         self.scaling.append(scaling)
         if self.needs.window:
             self.window_queries.append(self._last_queries(query))
-        weights = {name: self._query_weights(name, query) for name in sorted(self.needs.column_sums)}
+        weights = {name: self._once(name, query, self._query_weights) for name in sorted(self.needs.column_sums)}
         prefix = (self.prefix.keys[layer], self.prefix.values[layer]) if self.prefix is not None else None
         out, sums = backends.prefill(query, key, value, scaling, weights, self.backend, prefix)
         for name, value_ in sums.items():
@@ -102,10 +104,20 @@ class Prefill:
         return own if self.prefix is None else _behind(self.prefix, own, self.needs.window)
 
     def _last_queries(self, query: Tensor) -> Tensor:
+        index = self._once("window", query, self._window_index)
+        return query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+
+    def _once(self, name: str, query: Tensor, make: Callable[[str, Tensor], Tensor]) -> Tensor:
+        key = (name, query.device)
+        if key not in self._made:
+            self._made[key] = make(name, query)
+        return self._made[key]
+
+    def _window_index(self, name: str, query: Tensor) -> Tensor:
+        """[B, w]: the last real queries of each row."""
         width = min(self.needs.window, query.shape[2])
         ends = torch.tensor(self.lengths, device=query.device)
-        index = (ends[:, None] + torch.arange(-width, 0, device=query.device)).clamp_min(0)
-        return query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        return (ends[:, None] + torch.arange(-width, 0, device=query.device)).clamp_min(0)
 
     def _query_weights(self, name: str, query: Tensor) -> Tensor:
         """[B, Q] 1 for the queries that count, 0 for padding and others."""

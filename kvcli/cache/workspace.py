@@ -20,12 +20,17 @@ class Workspace:
     def __init__(self) -> None:
         self._held: dict[int, Tensor] = {}
         self._spare: Tensor | None = None
+        self._soiled: Tensor | None = None
 
     def swap(self, layer: int, like: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
         """Tensors of these shapes for a layer; they hold zeros or what earlier caches left.
 
         The tensors the layer had stay readable until `swap` is called for another layer.
         """
+        if self._soiled is not None and bool(self._soiled):
+            self._held.clear()
+            self._spare = None
+        self._soiled = None
         sizes = [math.prod(shape) for shape in shapes]
         flat = self._spare
         if flat is None or flat.numel() < sum(sizes) or flat.dtype != like.dtype or flat.device != like.device:
@@ -36,10 +41,11 @@ class Workspace:
         parts = flat[: sum(sizes)].split(sizes)
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def discard(self) -> None:
-        """After a model gave NaN: what its caches left must not reach the next ones."""
-        self._held.clear()
-        self._spare = None
+    def watch(self, logits: Tensor) -> None:
+        """Where a model gives NaN, its caches may hold NaN too, which must not reach the next ones: the buffers are not
+        used again. Looked at when the next cache is built, so that no step waits for it."""
+        found = logits.isnan().any()
+        self._soiled = found if self._soiled is None else self._soiled | found
 
     def nbytes(self) -> int:
         """Bytes held, the spare buffer included."""

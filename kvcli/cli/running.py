@@ -133,8 +133,9 @@ def _details(facts: Any) -> list[str]:
     """Prefill groups, storage kinds and memory, for --dry-run."""
     lines = ["prefill groups"]
     for g in facts.groups:
+        cells = f"{g.cells} cell{'s' * (g.cells != 1)} x {g.prompts} prompts"
         lines.append(
-            f"  {g.task}, {g.shots} shot{'s' * (g.shots != 1)}: {g.cells} cell{'s' * (g.cells != 1)} x {g.prompts} prompts, "
+            f"  {g.task}, {g.shots} shot{'s' * (g.shots != 1)}: {cells}, "
             f"{_SHARING[g.sharing]}: {g.tokens:,} tokens instead of {g.tokens_alone:,}"
         )
     lines.append("storage kinds")

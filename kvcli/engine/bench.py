@@ -212,9 +212,10 @@ def target(job: Job) -> Target:
     if source.kind == "random":
         loader.resize(config, source, _vocabulary(source, config))
     device = loader.pick_device(job.device)
-    loader.check_attention(job.attn, device)
+    dtype = loader.pick_dtype(job.dtype, device, config)
+    loader.check_attention(job.attn, device, dtype)
     _check_context(job, source, getattr(config, "max_position_embeddings", None))
-    return Target(source, config, loader.pick_dtype(job.dtype, device, config), device)
+    return Target(source, config, dtype, device)
 
 
 def _vocabulary(source: ModelSource, config: Any) -> int:

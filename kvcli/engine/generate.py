@@ -157,15 +157,16 @@ class _Batch:
             return
         asks, outputs = [self.asks[r] for r in keep], [self.outputs[r] for r in keep]
         tokens, positions = self.tokens[keep], self.positions[keep]
-        self.asks, self.outputs = asks + entering, outputs + [Generated() for _ in entering]
+        self.asks = asks + [ask for ask, _ in entering]
+        self.outputs = outputs + [output for _, output in entering]
         self.live = list(range(len(self.asks)))
-        starts = [ask.start for ask in entering]
+        starts = [ask.start for ask, _ in entering]
         fed = [s.token if s.given is None else s.given for s in starts]
         self.tokens = torch.cat([tokens, torch.tensor(fed, dtype=torch.long)])
         self.positions = torch.cat([positions, torch.tensor([s.position for s in starts], dtype=torch.long)])
         if not self.asks:
             return
-        rows, rooms = [ask.row for ask in entering], [ask.rules.max_new_tokens for ask in entering]
+        rows, rooms = [ask.row for ask, _ in entering], [ask.rules.max_new_tokens for ask, _ in entering]
         if self.cache is None:
             self.cache = self.build(rows, rooms, self.memory)
         else:
@@ -173,23 +174,26 @@ class _Batch:
         alloc = self.cache.nbytes() // len(self.asks)
         for r in range(len(keep), len(self.asks)):
             self.outputs[r].alloc = alloc
-            given = self.asks[r].start.given
-            if given is not None:
-                self._accept(r, given)
-        self._leave()
 
-    def _entering(self, staying: list[Ask]) -> list[Ask]:
-        """Waiting asks in their order while they fit; one at least where nothing stays."""
-        taken: list[Ask] = []
+    def _entering(self, staying: list[Ask]) -> list[tuple[Ask, Generated]]:
+        """Waiting asks in their order while they fit; one at least where nothing stays. A row that its given token ends
+        needs no cache."""
+        taken: list[tuple[Ask, Generated]] = []
         tally = self.room.tally()
         for ask in staying:
             tally.add(ask.row, ask.rules.max_new_tokens)
         while (waiting := self._peek()) is not None:
             if not self.steady and tally.rows and not tally.fits(waiting.row, waiting.rules.max_new_tokens):
                 break
-            tally.add(waiting.row, waiting.rules.max_new_tokens)
-            taken.append(waiting)
             self.next = None
+            output = Generated()
+            if waiting.start.given is not None:
+                self._accept(waiting, output, waiting.start.given)
+            if output.finish:
+                self.done.append((waiting, output))
+                continue
+            tally.add(waiting.row, waiting.rules.max_new_tokens)
+            taken.append((waiting, output))
         return taken
 
     def _peek(self) -> Ask | None:
@@ -208,7 +212,7 @@ class _Batch:
                 self.tokens[r] = choose(logits[r], len(self.outputs[r].ids))
         for r, token in enumerate(self.tokens.tolist()):
             if not self.outputs[r].finish:
-                self._accept(r, token)
+                self._accept(self.asks[r], self.outputs[r], token)
         self._leave()
 
     def _leave(self) -> None:
@@ -216,10 +220,13 @@ class _Batch:
         if gone:
             assert self.cache is not None
             self.live = [r for r in self.live if not self.outputs[r].finish]
+            for r in gone:
+                self.outputs[r].held = self.cache.held(r)
+                self.done.append((self.asks[r], self.outputs[r]))
             self.cache.release(gone)
 
-    def _accept(self, r: int, token: int) -> None:
-        out, rule, tokenizer = self.outputs[r], self.asks[r].rules, self.model.tokenizer
+    def _accept(self, ask: Ask, out: Generated, token: int) -> None:
+        rule, tokenizer = ask.rules, self.model.tokenizer
         out.ids.append(token)
         if token in rule.end_tokens:
             out.finish = "eos"
@@ -228,10 +235,7 @@ class _Batch:
         elif len(out.ids) >= rule.max_new_tokens:
             out.finish = "length"
         if out.finish:
-            assert self.cache is not None
             out.text = _text(tokenizer, out.ids, rule)
-            out.held = self.cache.held(r)
-            self.done.append((self.asks[r], out))
 
 
 def _text(tokenizer: Any, ids: list[int], rule: StopRules) -> str:

@@ -201,8 +201,8 @@ def prepare(request: Request, limit: int | None, say: Callable[[str], None] = la
     if request.source.kind == "random":
         loader.resize(model_config, request.source, len(tokenizer))
     device = loader.pick_device(config.device)
-    loader.check_attention(config.attn, device)
     dtype = loader.pick_dtype(config.dtype, device, model_config)
+    loader.check_attention(config.attn, device, dtype)
     commit = getattr(model_config, "_commit_hash", None)
     revision = {"revision": commit} if request.source.kind == "hub" and commit else {}
     identity = {**fingerprint(request.source), **revision, "tokenizer": config.tokenizer or "its own", "dtype": dtype}

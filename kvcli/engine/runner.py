@@ -255,13 +255,23 @@ class _Decoding:
             if i not in self.ready:
                 continue
             try:
-                yield self.runner.asker.ask(self.prompts, i, cell, self.ready[i])
+                ask = self._ask(i, cell)
             except SharedContextWritten:
                 raise
             except Exception as error:
-                if is_out_of_memory(error):
-                    raise
                 self._failed(i, cell, error)
+            else:
+                yield ask
+
+    def _ask(self, sample: int, cell: Cell) -> Ask:
+        """The row; where a method runs out of memory, once more with what can be given up gone."""
+        try:
+            return self.runner.asker.ask(self.prompts, sample, cell, self.ready[sample])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        self.runner._free()
+        return self.runner.asker.ask(self.prompts, sample, cell, self.ready[sample])
 
     def _failed(self, sample: int, cell: Cell, error: BaseException) -> None:
         self.runner._failed(self.prompts, self.batch.start + sample, cell, error, self.decode.id)

@@ -207,7 +207,7 @@ def pick_dtype(name: str, device: str, config: Any) -> str:
     return str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
 
 
-def check_attention(attn: str, device: str) -> None:
+def check_attention(attn: str, device: str, dtype: str) -> None:
     """Raises KvcliError where --attn flash cannot work."""
     from importlib.util import find_spec
 
@@ -217,6 +217,9 @@ def check_attention(attn: str, device: str) -> None:
         )
     if attn == "flash" and not device.startswith("cuda"):
         raise KvcliError("flash-attn needs a CUDA device", given=f"--attn flash --device {device}", fix="--attn auto")
+    if attn == "flash" and dtype not in ("float16", "bfloat16"):
+        given = f"--attn flash --dtype {dtype}"
+        raise KvcliError("flash-attn takes 16-bit numbers", given=given, fix="--dtype bfloat16")
 
 
 def load_weights(config: Any, source: ModelSource, dtype: str, device: str, *, trust_remote_code: bool = False) -> Any:

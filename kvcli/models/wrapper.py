@@ -164,8 +164,7 @@ class Model:
         with patched(self.hf, _Decode(cache)):
             out = self.hf(tokens, position_ids=positions, past_key_values=cache, use_cache=True)
         cache.advance(tokens.shape[1])
-        if bool(out.logits.isnan().any()):
-            cache.memory.discard()
+        cache.memory.watch(out.logits)
         return out.logits
 
     def _probe(self) -> Shapes:
