@@ -28,8 +28,7 @@ class Workspace:
         The tensors the layer had stay readable until `swap` is called for another layer.
         """
         if self._soiled is not None and bool(self._soiled):
-            self._held.clear()
-            self._spare = None
+            self.discard()
         self._soiled = None
         sizes = [math.prod(shape) for shape in shapes]
         flat = self._spare
@@ -40,6 +39,11 @@ class Workspace:
         self._held[layer] = flat
         parts = flat[: sum(sizes)].split(sizes)
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def discard(self) -> None:
+        """Gives all buffers up."""
+        self._held.clear()
+        self._spare = None
 
     def watch(self, logits: Tensor) -> None:
         """Where a model gives NaN, its caches may hold NaN too, which must not reach the next ones: the buffers are not

@@ -10,8 +10,8 @@ from kvcli.cache.kv_cache import CompressedCache
 from kvcli.cache.workspace import Workspace
 from kvcli.engine import fidelity
 from kvcli.engine.asking import Asker, Choice
-from kvcli.engine.generate import Ask, Build
-from kvcli.engine.memory import Room
+from kvcli.engine.generate import Ask, Build, OutOfRoom
+from kvcli.engine.memory import Room, is_out_of_memory
 from kvcli.engine.plan import Cell
 from kvcli.engine.prefilling import Ready
 from kvcli.engine.prepare import PromptSet
@@ -62,16 +62,28 @@ class Comparer:
     def distances(
         self, prompts: PromptSet, asks: Sequence[Ask], ready: dict[int, Ready], build: Build, room: Room
     ) -> list[fidelity.Distance | None]:
-        """Per row how far its cache moves the predictions of full's answer; None without such an answer."""
+        """Per row how far its cache moves the predictions of full's answer; None without such an answer.
+
+        Raises OutOfRoom for rows that did not fit together.
+        """
         found: list[fidelity.Distance | None] = [None] * len(asks)
         keys = [None if ask.tag.cell.method == "full" else self.key(ask.tag) for ask in asks]
-        mine = [(i, self._reference(prompts, asks[i].tag, key, ready)) for i, key in enumerate(keys) if key is not None]
+        mine = [i for i, key in enumerate(keys) if key is not None]
         one = build is not CompressedCache
-        for some in fidelity.batches([asks[i] for i, _ in mine], room):
+        for some in fidelity.batches([asks[i] for i in mine], room):
             part = [mine[at] for at in some]
-            rows, answers = [asks[i] for i, _ in part], [answer for _, answer in part]
-            measured = fidelity.distances(self.model, rows, answers, self.memory, build, one=one)
-            for (i, _), distance in zip(part, measured, strict=True):
+            rows = [asks[i] for i in part]
+            failed: OutOfRoom | None = None
+            try:
+                answers = [self._reference(prompts, asks[i].tag, keys[i], ready) for i in part]  # type: ignore[arg-type]
+                measured = fidelity.distances(self.model, rows, answers, self.memory, build, one=one)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed = OutOfRoom(len(rows), rows, error)
+            if failed is not None:
+                raise failed
+            for i, distance in zip(part, measured, strict=True):
                 found[i] = distance
         return found
 

@@ -104,7 +104,7 @@ def _passes(
 
 def _compare(full: Tensor, other: Tensor, right: list[int]) -> Tensor:
     """[3] sums over tokens of KL, agreement and rise in NLL. full, other [T, V] logits."""
-    a, b = (x.float().log_softmax(-1) for x in (full, other))
+    a, b = (x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in (full, other))
     kl = (a.exp() * (a - b)).sum(-1).clamp_min(0)  # rounding may leave a divergence of -1e-8
     index = torch.tensor(right, device=a.device)[:, None]
     nll = (a.gather(1, index) - b.gather(1, index))[:, 0]

@@ -70,11 +70,17 @@ class Ask:
 
 
 class OutOfRoom(Exception):
-    """Memory ran out with `rows` rows in the batch; `asks` have not finished."""
+    """Memory ran out with `rows` rows in the batch; `asks` have not finished. asking: it ran out while the next row was
+    made, which is asked for again."""
 
-    def __init__(self, rows: int, asks: list[Ask]) -> None:
+    def __init__(self, rows: int, asks: list[Ask], why: BaseException) -> None:
         super().__init__(f"out of memory with {rows} rows together")
-        self.rows, self.asks = rows, asks
+        self.rows, self.asks, self.asking = rows, asks, isinstance(why, AskOutOfMemory)
+        self.__cause__ = why.with_traceback(None)  # its frames hold the tensors that did not fit
+
+
+class AskOutOfMemory(MemoryError):
+    """Raised by the iterator of asks where making one needs more memory than there is; it can be asked again."""
 
 
 Build = Callable[[Sequence[Row], Sequence[int], Workspace], CompressedCache]
@@ -118,8 +124,10 @@ def generate(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        batch.cache = None
-        raise OutOfRoom(len(batch.asks), batch.unfinished()) from error
+        failed, done = OutOfRoom(len(batch.asks), batch.unfinished(), error), batch.finished()
+    del batch
+    yield from done
+    raise failed
 
 
 class _Batch:
@@ -182,7 +190,7 @@ class _Batch:
         tally = self.room.tally()
         for ask in staying:
             tally.add(ask.row, ask.rules.max_new_tokens)
-        while (waiting := self._peek()) is not None:
+        while (waiting := self._peek(bool(staying or taken))) is not None:
             if not self.steady and tally.rows and not tally.fits(waiting.row, waiting.rules.max_new_tokens):
                 break
             self.next = None
@@ -196,9 +204,14 @@ class _Batch:
             taken.append((waiting, output))
         return taken
 
-    def _peek(self) -> Ask | None:
+    def _peek(self, others: bool) -> Ask | None:
+        """The next waiting ask; None also where making it has no room beside others, which go first."""
         if self.next is None:
-            self.next = next(self.waiting, None)
+            try:
+                self.next = next(self.waiting, None)
+            except AskOutOfMemory:
+                if not others:
+                    raise
         return self.next
 
     @torch.inference_mode()

@@ -48,9 +48,8 @@ class Cap:
     def at(self, t: int) -> int:
         """Of the whole pool (unified) or of the generated tokens (separate)."""
         if self.separate:
-            return (
-                self.size if self.size is not None else max(self.least, round_half_up((self.ratio or Decimal(0)) * t))
-            )
+            size = self.size if self.size is not None else round_half_up((self.ratio or Decimal(0)) * t)
+            return max(self.least, size)
         if self.fixed:
             return max(1, round_half_up(self.prompt))
         if self.size is not None:
@@ -77,7 +76,9 @@ class PoolRow(Row):
         assert self.cap is not None
         start = max(self.lengths(layer)) + 1  # the last prompt token may be fed again
         frozen = start if self.cap.separate else 0
-        return max(min(start + t, frozen + cap + self.interval) for t, cap in enumerate(self.cap.upto(room)))
+        free = min(self.interval, room)  # tokens before the first eviction
+        later = self.cap.upto(room)[free:]
+        return max(start + free, *(min(start + t, frozen + cap + self.interval) for t, cap in enumerate(later, free)))
 
 
 class PoolCache(CompressedCache):
@@ -110,16 +111,20 @@ class PoolCache(CompressedCache):
 
 
 def lowest(rank: Tensor, position: Tensor, competing: Tensor, count: Tensor) -> Tensor:
-    """bool [R, H_kv, S]: the `count` [R, H_kv] lowest-ranked competing pairs, of equal ones the newest; +inf never."""
+    """bool [R, H_kv, S]: the `count` [R, H_kv] lowest-ranked competing pairs, of equal ones the newest; +inf last.
+
+    count: at most as many as compete.
+    """
     rank = rank.masked_fill(~competing, float("inf"))
     if int(count.max()) <= 1:
-        tie = (rank == rank.amin(-1, keepdim=True)) & (rank < float("inf"))
+        tie = (rank == rank.amin(-1, keepdim=True)) & competing
         newest = position.where(tie, -1).amax(-1, keepdim=True)
         return tie & (position == newest) & (count[..., None] > 0)
-    by_age = position.argsort(dim=-1, descending=True, stable=True)
-    order = by_age.gather(-1, rank.gather(-1, by_age).argsort(dim=-1, stable=True))
+    order = position.argsort(dim=-1, descending=True, stable=True)
+    for key in (rank, (~competing).to(torch.uint8)):  # the last sort decides first
+        order = order.gather(-1, key.gather(-1, order).argsort(dim=-1, stable=True))
     first = torch.arange(rank.shape[-1], device=rank.device) < count[..., None]
-    return torch.zeros_like(competing).scatter(-1, order, first) & (rank < float("inf"))
+    return torch.zeros_like(competing).scatter(-1, order, first)
 
 
 class Clock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,8 @@ def _fidelity(ids: list[int], full: list[int] | None, distance: Distance | None,
     if same:
         result.update(kl=0.0, top1=1.0, nll=0.0, tokens=len(ids))
     elif distance is not None:
-        result.update({k: round(v, 8) for k, v in dataclasses.asdict(distance).items()})
+        figures = dataclasses.asdict(distance).items()  # NaN where the model gave NaN: a line holds none
+        result.update({k: round(v, 8) if math.isfinite(v) else None for k, v in figures})
     if full is not None:
         at = next((i for i, (a, b) in enumerate(zip(ids, full, strict=False)) if a != b), min(len(ids), len(full)))
         result["identical"] = ids == full

@@ -19,7 +19,7 @@ from kvcli.engine.asking import Asker, Choice
 from kvcli.engine.asking import Options as Options
 from kvcli.engine.comparing import Comparer, mode_of
 from kvcli.engine.fidelity import Distance
-from kvcli.engine.generate import Ask, Build, Generated, OutOfRoom, generate
+from kvcli.engine.generate import Ask, AskOutOfMemory, Build, Generated, OutOfRoom, generate
 from kvcli.engine.memory import Room, is_out_of_memory
 from kvcli.engine.plan import MAX_DECODE_ROWS, WAVES, Cell, DecodeBatch, Plan, PrefillBatch
 from kvcli.engine.pool import PoolCache
@@ -155,7 +155,7 @@ class Runner:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            failure = error
+            failure = error.with_traceback(None)  # its frames hold the tensors that did not fit
         if failure is not None:
             self._free()
             if len(rows) == 1:
@@ -182,8 +182,8 @@ class Runner:
             torch.cuda.empty_cache()
 
     def _failed(self, prompts: PromptSet, index: int, cell: Cell, error: BaseException, batch: str) -> None:
-        if self._asked(cell, index):
-            sample = prompts.samples[index]
+        sample = prompts.samples[index]
+        if self._asked(cell, index) and (cell.id, sample.id) not in self.done:
             self._write(error_record(cell, prompts, sample, self._method(cell), error, batch))
             self._tick(1, cell.task)
 
@@ -213,17 +213,17 @@ class _Decoding:
 
     def run(self) -> None:
         """Rows that had no room are asked again in batches half as large; one that has none alone is an error."""
-        runner, options = self.runner, self.runner.options
+        runner = self.runner
         self.build = self._build()
         full = [(i, cell) for i, cell in self.decode.rows if cell.method == "full" and i in self.ready]
         self.unanswered = {(mode_of(cell), self.prompts.samples[self.batch.start + i].id) for i, cell in full}
         self.clock = time.perf_counter()
-        room, waiting = runner.room, self._asks()
+        room, steady, waiting = runner.room, runner.options.deterministic, _Waiting(self)
+        asks: Iterator[Ask] = waiting
         while True:
             try:
-                steady = options.deterministic and room == runner.room
                 for done in generate(
-                    runner.model, waiting, room=room, memory=runner.memory, build=self.build, steady=steady,
+                    runner.model, asks, room=room, memory=runner.memory, build=self.build, steady=steady,
                     stop=runner._stopped,
                 ):  # fmt: skip
                     self.pending.append(done)
@@ -232,15 +232,20 @@ class _Decoding:
                         self._flush()
                 break
             except OutOfRoom as error:
-                again, rows, why = error.asks, error.rows, error.__cause__ or error
+                short = error.with_traceback(None)
             runner._free()
-            if rows > 1:
-                room = room.halved(rows)
-                runner.outcome.halved.append(f"{self.decode.id}: {rows} rows did not fit in memory together")
+            again = short.asks
+            why = short.__cause__ or short
+            if short.asking:  # with nothing else in the batch: once more now that memory was given back
+                if not short.rows:
+                    self._failed(*waiting.skip(), why.__cause__ or why)
+            elif short.rows > 1:
+                room, steady = room.halved(short.rows), False
+                runner.outcome.halved.append(f"{self.decode.id}: {short.rows} rows did not fit in memory together")
             else:
                 alone, *again = again
                 self._failed(alone.tag.sample, alone.tag.cell, why)
-            waiting = chain(again, waiting)
+            asks = chain(again, asks)
         self._flush(last=runner.outcome.stopped is None)
 
     def _build(self) -> Build:
@@ -248,30 +253,6 @@ class _Decoding:
         if not cell.storage:
             return CompressedCache
         return partial(PoolCache, self.runner._method(cell), self.runner.model.shapes.heads)
-
-    def _asks(self) -> Iterator[Ask]:
-        """The rows, selected when they are about to enter. A method's fault is that row's result."""
-        for i, cell in self.decode.rows:
-            if i not in self.ready:
-                continue
-            try:
-                ask = self._ask(i, cell)
-            except SharedContextWritten:
-                raise
-            except Exception as error:
-                self._failed(i, cell, error)
-            else:
-                yield ask
-
-    def _ask(self, sample: int, cell: Cell) -> Ask:
-        """The row; where a method runs out of memory, once more with what can be given up gone."""
-        try:
-            return self.runner.asker.ask(self.prompts, sample, cell, self.ready[sample])
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        self.runner._free()
-        return self.runner.asker.ask(self.prompts, sample, cell, self.ready[sample])
 
     def _failed(self, sample: int, cell: Cell, error: BaseException) -> None:
         self.runner._failed(self.prompts, self.batch.start + sample, cell, error, self.decode.id)
@@ -292,18 +273,21 @@ class _Decoding:
         self.clock = time.perf_counter()
 
     def _distances(self, asks: list[Ask]) -> list[Distance | None]:
-        runner = self.runner
-        nothing: list[Distance | None] = [None] * len(asks)
-        if not runner.options.fidelity:
-            return nothing
-        try:
-            return runner.comparer.distances(self.prompts, asks, self.ready, self.build, runner.room)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
+        """How far the rows' caches move the predictions; in smaller batches where memory does not allow all at once."""
+        runner, room = self.runner, self.runner.room
+        while runner.options.fidelity:
+            try:
+                return runner.comparer.distances(self.prompts, asks, self.ready, self.build, room)
+            except OutOfRoom as error:
+                rows = error.rows
             runner._free()
-            runner.outcome.halved.append(f"{self.decode.id}: no memory to compare predictions; kl, top1, nll stay null")
-            return nothing
+            if rows == 1:
+                what = "no memory to compare predictions: kl, top1, nll stay null"
+                runner.outcome.halved.append(f"{self.decode.id}: {what}")
+                break
+            room = room.halved(rows)
+            runner.outcome.halved.append(f"{self.decode.id}: {rows} rows did not fit in memory to be compared together")
+        return [None] * len(asks)
 
     def _open(self, choice: Choice) -> bool:
         """Whether a record of this row is wanted and not there yet."""
@@ -333,3 +317,37 @@ class _Decoding:
             runner.sink.keep_map(cell.task, sample.id, cell.id, kept)
         runner._write(record)
         runner._tick(1, cell.task)
+
+
+class _Waiting:
+    """The rows of a decode batch, selected when they are about to enter. A method's fault is that row's result."""
+
+    def __init__(self, decoding: _Decoding) -> None:
+        self.decoding = decoding
+        self.rows = [(i, cell) for i, cell in decoding.decode.rows if i in decoding.ready]
+        self.at = 0
+
+    def __iter__(self) -> Iterator[Ask]:
+        return self
+
+    def __next__(self) -> Ask:
+        decoding = self.decoding
+        while self.at < len(self.rows):
+            sample, cell = self.rows[self.at]
+            try:
+                ask = decoding.runner.asker.ask(decoding.prompts, sample, cell, decoding.ready[sample])
+            except SharedContextWritten:
+                raise
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise AskOutOfMemory(str(error)) from error.with_traceback(None)
+                decoding._failed(*self.skip(), error)
+            else:
+                self.at += 1
+                return ask
+        raise StopIteration
+
+    def skip(self) -> tuple[int, Cell]:
+        """Leaves the next row out."""
+        self.at += 1
+        return self.rows[self.at - 1]

@@ -265,6 +265,7 @@ def execute(
                 outcome = runner.run()
             status = "stopped" if outcome.stopped else "done"
         finally:
+            outcome = runner.outcome  # of a run that failed too
             for what in outcome.halved:
                 warn(f"{what}; went on in smaller batches")
             with store.edit_run() as run:
@@ -292,9 +293,10 @@ def _opened(folder: Path) -> Iterator[RunStore]:
 
 
 def _full_outputs(records: list[dict[str, Any]], plan: Plan) -> dict[tuple[str, str], list[int]]:
+    from kvcli.engine.comparing import mode_of
+
     found = {}
     for record in records:
         if record["method"] == "full" and record["status"] == "ok" and record["cell_id"] in plan.cells:
-            mode = f"{record['task']}/{record['shots']}/{record['first_token']}"
-            found[mode, record["sample_id"]] = record["output_ids"]
+            found[mode_of(plan.cells[record["cell_id"]]), record["sample_id"]] = record["output_ids"]
     return found

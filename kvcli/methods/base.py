@@ -107,7 +107,7 @@ class Method(ABC):
         """Takes the newest query's attention into `view.state`, in place."""
 
     def decode_rank(self, view: Generating) -> Tensor:
-        """[R, H_kv, S] float: what ranks lowest among the competing pairs leaves first, +inf never; of equal ones the
+        """[R, H_kv, S] float: what ranks lowest among the competing pairs leaves first, +inf last; of equal ones the
         newest leaves. Other slots may hold anything."""
         raise NotImplementedError(f"{type(self).__name__} does not compress generated tokens")
 
