@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvcli.engine.memory import CHUNK
-from kvcli.engine.plan import Plan, padded_share
+from kvcli.engine.plan import Cell, Plan, padded_share, ratio_of
 from kvcli.engine.prepare import PromptSet
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ class Group:
     cells: int
     prompts: int
     tokens: int
-    """Tokens to prefill, shared beginnings once."""
+    """Tokens to prefill, shared beginnings once: of the first group of a prompt with its dense prefill, of class 2 with
+    the extra pass, of class 3 with each cell's own."""
     tokens_alone: int
     """The same if every cell and prompt were prefilled whole."""
 
@@ -128,9 +129,10 @@ class _Work:
 
 def estimate(
     plan: Plan, wanted: set[str], prompt_sets: dict[tuple[str, int], PromptSet], sizes: Sizes, itemsize: int, rows: int,
-    length: int | None, done: set[tuple[str, str]], limit: int | None, methods: dict[str, Method],
+    length: int | None, done: set[tuple[str, str]], limit: int | None, methods: dict[str, Method], room: int,
 ) -> Estimate:  # fmt: skip
     """What is still to do of the wanted cells and first `limit` samples; done: (cell, sample) pairs with a record.
+    room: bytes that the caches of one decode batch may take.
 
     Upper bounds: every row is taken to generate its task's most tokens. length: --max-new-tokens. methods: by text.
     """
@@ -148,13 +150,15 @@ def estimate(
         new = length or prompts.task.max_new_tokens
         longest = max(len(prompts.prompts[i].ids) for i in samples) + new
         decodes = [d for d in batch.decode_batches(rows) if any((c.id, batch.start + i) in mine for i, c in d.rows)]
-        largest = max(padded_share(d.rows) for d in decodes)
         work.records += len(mine)
         work.decode += len(mine) * new
         work.steps += new * len(decodes)
         work.passes += 1
         work.read += int(sum(padded_share(d.rows) for d in decodes) * longest * token * new)
-        work.caches = max(work.caches, int(largest * longest * token * (1 + 1 / sizes.layers)))
+        sizes_of = {(i, c.id): _slots(c, len(prompts.prompts[batch.start + i].ids), new, methods[c.method])
+                    for d in decodes for i, c in d.rows}  # fmt: skip
+        largest = max(_largest([sizes_of[i, c.id] for i, c in d.rows], max(1, room // token)) for d in decodes)
+        work.caches = max(work.caches, int(largest * token * (1 + 1 / sizes.layers)))
         work.dense = max(work.dense, len(samples) * longest * token)
     groups = _groups(plan, prompt_sets, missing, methods)
     prefill = sum(group.tokens for group in groups)
@@ -174,20 +178,50 @@ def estimate(
     )  # fmt: skip
 
 
+def _slots(cell: Cell, n: int, new: int, method: Method) -> int:
+    """Pairs per KV head that a row holds at most."""
+    from kvcli.cache.budget import Budget
+    from kvcli.engine.pool import Cap
+
+    ratio = ratio_of(cell)
+    budget = Budget.of_ratio(ratio, n, 1, 1) if ratio is not None else Budget.of_size(cell.budget or n, n, 1, 1)
+    kept = budget.per_head
+    if cell.decode is None:
+        return kept + new
+    cap = Cap.of(cell.decode, budget, method)
+    return min(kept + 1 + new, cap.at(new) + cell.decode["interval"] + (kept + 1 if cap.separate else 0))
+
+
+def _largest(slots: Sequence[int], room: int) -> int:
+    """Padded slots of the largest batch when rows enter in this order as far as `room` slots go."""
+    largest = count = widest = 0
+    for own in slots:
+        wider = max(widest, own)
+        if count and (count + 1) * wider > room:
+            count, wider = 0, own
+        count, widest = count + 1, wider
+        largest = max(largest, count * widest)
+    return largest
+
+
 def _groups(
     plan: Plan, prompt_sets: dict[tuple[str, int], PromptSet], missing: set[tuple[str, int]],
     methods: dict[str, Method],
 ) -> list[Group]:  # fmt: skip
     found = []
     for (task, shots), prompts in prompt_sets.items():
+        dense: set[int] = set()
         mine = [(plan.cells[cell], i) for cell, i in missing if plan.cells[cell].prompt_key == (task, shots)]
         for sharing in (1, 2, 3):
             rows = [(cell, i) for cell, i in mine if methods[cell.method].sharing == sharing]
             if not rows:
                 continue
             samples = sorted({i for _, i in rows})
-            alone = sum(len(prompts.prompts[i].ids) for _, i in rows)
-            tokens = alone if sharing == 3 else _shared_tokens([prompts.prompts[i] for i in samples])
+            alone = sum(len(prompts.prompts[i].ids) for _, i in rows) * (2 if sharing == 2 else 1)
+            own = {1: 0, 2: sum(len(prompts.prompts[i].ids) for i in samples), 3: alone}[sharing]
+            new = [i for i in samples if i not in dense]  # the first group of a prompt pays for its dense prefill
+            dense.update(new)
+            tokens = own + (_shared_tokens([prompts.prompts[i] for i in new]) if new else 0)
             cells = len({cell.id for cell, _ in rows})
             found.append(Group(task, shots, sharing, cells, len(samples), tokens, alone))
     return found

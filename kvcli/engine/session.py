@@ -54,7 +54,7 @@ class Session:
         return estimate(
             self.plan, {c.id for c in self.wanted}, self.prepared.prompt_sets, Sizes.of(config),
             _itemsize(self.prepared), self.decode_rows, length, self.done, self.prepared.request.config.limit,
-            {c.method: catalog.build(c.method) for c in self.plan.cells.values()},
+            {c.method: catalog.build(c.method) for c in self.plan.cells.values()}, self.cache_bytes(),
         )  # fmt: skip
 
 
