@@ -83,9 +83,14 @@ format: .venv-dev ## sort imports and format
 	@$(BIN)/ruff check --fix --select I .
 	$(BIN)/ruff format .
 
-bench: .venv ## benchmarks/*.py, one after the other
-	@shopt -s nullglob
-	for file in benchmarks/*.py; do $(BIN)/python "$$file"; done
+bench: .venv ## the benchmarks, about 15 minutes; JSON in runs/bench
+	@mkdir -p runs/bench
+	for name in sweep_vs_kvpress marginal_cost capture gpu; do
+	  echo "--- $$name"
+	  options="--json runs/bench/$$name.json"
+	  [ $$name != gpu ] || options=""
+	  $(BIN)/python benchmarks/$$name.py $$options
+	done
 
 clean: ## remove caches; results and .venv stay
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist $(LOG)

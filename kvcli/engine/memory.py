@@ -61,9 +61,10 @@ def _row_bytes(row: Row, slots: list[int]) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's own exception; on a CPU torch raises a RuntimeError and Python a MemoryError."""
+    """CUDA's own exception; on a CPU, and in CUDA's libraries, a RuntimeError; Python raises a MemoryError."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    signs = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -122,6 +122,9 @@ def _check_decoding(config: SweepConfig, methods: Sequence[str]) -> tuple[str, .
         _positive("--decode-budget", size)
     if config.budgets and "same" in texts:
         raise KvcliError("--decode-ratio same needs --ratio", given="--budget", fix="--decode-ratio 0.5")
+    if not asked and config.decode_interval != 1:
+        what = "--decode-interval changes nothing without compression while generating"
+        raise KvcliError(what, given=f"--decode-interval {config.decode_interval}", fix="--decode-ratio 0.5 beside it")
     if asked and not any(catalog.build(m).decodes() for m in methods):
         can = [n for n in catalog.names() if catalog.find(n).decoding]
         what = "none of these methods compresses generated tokens"

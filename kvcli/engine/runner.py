@@ -162,7 +162,9 @@ class Runner:
                 for number, cell, name in ((i, c, d.id) for d in todo for i, c in d.rows if i in rows):
                     self._failed(prompts, batch.start + number, cell, failure, name)
                 return
-            self.outcome.halved.append(f"{batch.id}: {len(rows)} prompts did not fit in memory together")
+            self.outcome.halved.append(
+                f"{batch.id}: {len(rows)} prompts did not fit in memory together, went on in smaller batches"
+            )
             for part in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
                 self._samples(prompts, batch, todo, part)
             return
@@ -241,7 +243,9 @@ class _Decoding:
                     self._failed(*waiting.skip(), why.__cause__ or why)
             elif short.rows > 1:
                 room, steady = room.halved(short.rows), False
-                runner.outcome.halved.append(f"{self.decode.id}: {short.rows} rows did not fit in memory together")
+                runner.outcome.halved.append(
+                    f"{self.decode.id}: {short.rows} rows did not fit in memory together, went on in smaller batches"
+                )
             else:
                 alone, *again = again
                 self._failed(alone.tag.sample, alone.tag.cell, why)
@@ -275,19 +279,26 @@ class _Decoding:
     def _distances(self, asks: list[Ask]) -> list[Distance | None]:
         """How far the rows' caches move the predictions; in smaller batches where memory does not allow all at once."""
         runner, room = self.runner, self.runner.room
-        while runner.options.fidelity:
+        found: list[Distance | None] = [None] * len(asks)
+        mine = list(range(len(asks))) if runner.options.fidelity else []
+        while mine:
             try:
-                return runner.comparer.distances(self.prompts, asks, self.ready, self.build, room)
+                some = runner.comparer.distances(self.prompts, [asks[i] for i in mine], self.ready, self.build, room)
             except OutOfRoom as error:
-                rows = error.rows
+                rows, alone = error.rows, error.asks[0]
+            else:
+                for i, distance in zip(mine, some, strict=True):
+                    found[i] = distance
+                break
             runner._free()
             if rows == 1:
-                what = "no memory to compare predictions: kl, top1, nll stay null"
-                runner.outcome.halved.append(f"{self.decode.id}: {what}")
-                break
-            room = room.halved(rows)
-            runner.outcome.halved.append(f"{self.decode.id}: {rows} rows did not fit in memory to be compared together")
-        return [None] * len(asks)
+                mine = [i for i in mine if asks[i] is not alone]
+                what = "no memory to compare a row's predictions: kl, top1, nll stay null"
+            else:
+                room = room.halved(rows)
+                what = f"{rows} rows did not fit in memory to be compared together, went on in smaller batches"
+            runner.outcome.halved.append(f"{self.decode.id}: {what}")
+        return found
 
     def _open(self, choice: Choice) -> bool:
         """Whether a record of this row is wanted and not there yet."""

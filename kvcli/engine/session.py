@@ -39,14 +39,11 @@ class Session:
     wanted: list[Cell]
     run: dict[str, Any]
     decode_rows: int
+    cache_bytes: int
+    """Bytes that the caches of one decode batch may take."""
     folder: Path
     done: set[tuple[str, str]]
     """(cell, sample) pairs that already have a record."""
-
-    def cache_bytes(self) -> int:
-        """Bytes of one decode batch's caches."""
-        row = Sizes.of(self.prepared.model_config).kv_elements * _itemsize(self.prepared) * _longest(self.prepared)
-        return self.decode_rows * row
 
     def estimate(self) -> Estimate:
         length = self.prepared.request.config.max_new_tokens
@@ -54,7 +51,7 @@ class Session:
         return estimate(
             self.plan, {c.id for c in self.wanted}, self.prepared.prompt_sets, Sizes.of(config),
             _itemsize(self.prepared), self.decode_rows, length, self.done, self.prepared.request.config.limit,
-            {c.method: catalog.build(c.method) for c in self.plan.cells.values()}, self.cache_bytes(),
+            {c.method: catalog.build(c.method) for c in self.plan.cells.values()}, self.cache_bytes,
         )  # fmt: skip
 
 
@@ -85,13 +82,15 @@ def open_session(request: Request, say: Callable[[str], None]) -> Session:
     if own == SweepConfig.prefill_batch:
         own = batching.get("prefill_rows") or min(own, _rows(prepared, own))
     plan = prepared.plan([Generation(tuple(g["cells"]), g["grid"]["limit"]) for g in generations], own)
-    rows = request.config.decode_batch
+    rows, room = request.config.decode_batch, None
     if not rows:
-        fit = _rows(prepared, MAX_DECODE_ROWS)
-        rows = fit if request.config.memory else batching.get("decode_rows") or fit
+        again = {} if request.config.memory else batching
+        rows, room = again.get("decode_rows") or _rows(prepared, MAX_DECODE_ROWS), again.get("cache_bytes")
+    if room is None:
+        room = rows * Sizes.of(prepared.model_config).kv_elements * _itemsize(prepared) * _longest(prepared)
     run = {**old, "identity": identity, "generations": generations,
-           "batching": {**batching, "decode_rows": rows, "prefill_rows": own}}  # fmt: skip
-    return Session(prepared, plan, wanted, run, rows, folder, done)
+           "batching": {**batching, "decode_rows": rows, "cache_bytes": room, "prefill_rows": own}}  # fmt: skip
+    return Session(prepared, plan, wanted, run, rows, room, folder, done)
 
 
 def full_identity(prepared: Prepared) -> dict[str, Any]:
@@ -233,7 +232,7 @@ def execute(
         wanted = {c.id for c in session.wanted}
         options = Options(
             session.decode_rows, config.keep_maps, config.store_prompts, config.max_new_tokens, config.ignore_eos,
-            config.strict_window, config.deterministic, config.fidelity, session.cache_bytes(), config.temperature,
+            config.strict_window, config.deterministic, config.fidelity, session.cache_bytes, config.temperature,
             config.top_p,
         )  # fmt: skip
         runner = Runner(
@@ -267,7 +266,7 @@ def execute(
         finally:
             outcome = runner.outcome  # of a run that failed too
             for what in outcome.halved:
-                warn(f"{what}; went on in smaller batches")
+                warn(what)
             with store.edit_run() as run:
                 run["status"] = status
                 if outcome.halved:

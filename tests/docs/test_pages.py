@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
+from importlib import import_module
 
 import pytest
 
+from kvcli.cli.app import COMMANDS
+from kvcli.methods import catalog
 from kvcli.models.source import TESTBED_FOLDER, fingerprint, parse_model
 from kvcli.testbed import vocabulary as V
 from tests.docs.pages import PAGES, ROOT, anchors, codes, rows, section, text
+
+BY_NAME = {*catalog.names(), *COMMANDS}
+"""Modules that have a file each: methods and commands."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -35,7 +41,6 @@ def test_the_readme_knows_how_large_the_demo_is() -> None:
     from kvcli.cli.options import layered
     from kvcli.evals.loader import find_tasks
     from kvcli.grammar import parse_ratios
-    from kvcli.methods import catalog
 
     demo = layered({}, "demo", None)
     curves = len(catalog.expand(demo.methods)) * len(parse_ratios(demo.ratios)) + 1
@@ -96,3 +101,38 @@ def test_testbed_accuracy_is_of_the_weights_that_are_shipped_and_above_the_bar()
 def test_testbed_tasks_are_all_described() -> None:
     table = rows(section(text("docs/testbed.md"), "Language and families"))
     assert sorted(codes(row[0])[0] for row in table[1:]) == sorted(f"tb_{family}" for family in V.FAMILIES)
+
+
+def test_every_module_stands_in_the_table_of_the_architecture() -> None:
+    """One file per command and per method: those are found by their names."""
+    table = {row[0]: " ".join(row) for row in rows(section(text("docs/architecture.md"), "Where things live"))[1:]}
+    missing = []
+    for path in sorted((ROOT / "kvcli").rglob("*.py")):
+        folder = path.relative_to(ROOT).parent.as_posix()
+        if path.name.startswith("_") or folder == "kvcli/testbed" or path.stem in BY_NAME:
+            continue
+        (row,) = [row for place, row in table.items() if codes(place)[0] == f"{folder}/"] or [
+            next(iter(table.values()))
+        ]
+        missing += [path] if f"`{path.name}`" not in row and f"/{path.name}`" not in row else []
+    assert missing == []
+
+
+def test_bars_on_the_page_of_performance_are_those_of_the_scripts(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    sweeps, more, captured, gpu = map(import_module, ("sweep_vs_kvpress", "marginal_cost", "capture", "gpu"))
+    stated = [row[2] for row in rows(section(text("docs/performance.md"), "Figures"))[1:]]
+    cpu, cuda = captured.BARS["cpu"], captured.BARS["cuda"]
+    assert cuda[32768] == gpu.BARS["prefill_32768"] and cuda[131072] == gpu.BARS["prefill_131072"]
+    bars = [
+        *(f"at least {sweeps.BARS[name]:.0f} x" for name in "abc"), f"at most {more.BAR * 100:.0f} %", "none",
+        *(f"at most {bar:g} x" for bar in (cpu["window"], cpu["sums"], captured.LINEAR, cuda["window"], cuda[32768],
+                                           cuda[131072], gpu.BARS["memory_per_token"])),
+        f"at least {gpu.BARS['decode_share_of_bound']}",
+    ]  # fmt: skip
+    assert stated == bars
+
+
+def test_every_script_is_on_the_page_of_performance() -> None:
+    page = text("docs/performance.md")
+    assert [path.name for path in (ROOT / "benchmarks").glob("*.py") if path.name not in page] == []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from kvcli.methods import catalog
 from kvcli.methods.context import Context
 from kvcli.models.reconstruction import reconstruction
 from kvcli.models.wrapper import Model, Prefilled
-from tests.engine import tiny
+from tests.engine import asks, tiny
 
 METHODS = [n for n in catalog.names() if n != "full" and catalog.find(n).kind == "evict"]
 TIER1 = SweepConfig(methods=tuple(METHODS), ratios=("0.2", "0.5"), first_token=("compressed", "prefill"))
@@ -349,3 +351,111 @@ def test_a_smaller_limit_measures_no_more_than_asked() -> None:
     tiny.Runner(model, plan, {("any", 3): prompts}, sink, tiny.Options(64), limit=1).run()
     assert {r["sample_id"] for r in sink.records} == {"s0"}
     assert len(sink.records) == 2
+
+
+GENERATING = SweepConfig(
+    methods=("pyramidkv:window=2,beta=4", "chunkkv", "kvzip", "h2o", "tova", "shotkv",
+             "scissorhands:history=20,recent=4", "pyramidinfer:context=4"),
+    ratios=("0.3",), first_token=("compressed", "prefill"), decode_ratios=("off", "0.4"),
+)  # fmt: skip
+"""Per-layer, per-head and ragged budgets, caches that grow and that evict, prefills of their own."""
+
+
+@pytest.fixture
+def many_end_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers end at very different steps."""
+    monkeypatch.setattr("kvcli.engine.asking.end_tokens", lambda model: frozenset(range(0, 500, 13)))
+
+
+def long_answers() -> tiny.PromptSet:
+    return asks.of_length(tiny.prompt_set([50, 21, 64, 37]), 18)
+
+
+def assert_equal_records(found: tiny.Memory, truth: tiny.Memory) -> None:
+    """Kept sets, tokens and records; figures that are rounded to 8 digits within the last one."""
+    assert found.maps == truth.maps
+    assert set(found.by_key()) == set(truth.by_key())
+    for key, record in found.by_key().items():
+        a, b = tiny.same(record), tiny.same(truth.by_key()[key])
+        assert a.pop("fidelity") == pytest.approx(b.pop("fidelity"), abs=2e-8), key
+        assert a == b
+
+
+def test_no_neighbour_no_wave_and_no_order_reaches_a_generated_answer(exact: Model, many_end_tokens: None) -> None:
+    """Equality 3 while rows leave and enter and evict, float64, with what is compared on the way."""
+    prompts = long_answers()
+    options = tiny.Options(8, keep_maps=99, fidelity=True)
+    truth, outcome = asks.sweep(exact, GENERATING, prompts, options)
+    assert outcome.errors == 0
+    assert len({r["n_new"] for r in truth.records}) > 8
+    assert {r["finish"] for r in truth.records} == {"eos", "length"}
+    assert len(truth.records) == 4 * (2 * (1 + 3 + 2 * 4) + 1)
+    for rows, prefill_rows, deterministic in ((3, 3, False), (1, 1, False), (40, 4, True)):
+        other = dataclasses.replace(options, decode_rows=rows, deterministic=deterministic)
+        found, _ = asks.sweep(exact, GENERATING, prompts, other, prefill_rows=prefill_rows)
+        assert_equal_records(found, truth)
+    bytes_alone, _ = asks.sweep(exact, GENERATING, prompts, dataclasses.replace(options, memory=60_000))
+    assert_equal_records(bytes_alone, truth)
+    order = [3, 0, 2, 1]
+    turned = tiny.PromptSet(prompts.task, 3, [prompts.samples[i] for i in order], [prompts.prompts[i] for i in order])
+    found, _ = asks.sweep(exact, GENERATING, turned, options)
+    assert_equal_records(found, truth)
+
+
+@pytest.mark.parametrize("method", ["h2o", "pyramidkv:window=2,beta=4", "pyramidinfer:context=4", "kvzip"])
+def test_a_method_alone_generates_what_it_does_in_the_sweep(exact: Model, many_end_tokens: None, method: str) -> None:
+    prompts = long_answers()
+    options = tiny.Options(8, keep_maps=99, fidelity=True)
+    several = dataclasses.replace(GENERATING, methods=(*GENERATING.methods[4:7], method))
+    truth = asks.sweep(exact, several, prompts, options)[0].by_key()
+    for decode in GENERATING.decode_ratios:
+        alone = dataclasses.replace(GENERATING, methods=(method,), decode_ratios=(decode,))
+        sink, _ = asks.sweep(exact, alone, prompts, options)
+        assert any(r["method"] != "full" for r in sink.records)
+        for key, record in sink.by_key().items():
+            a, b = tiny.same(record), tiny.same(truth[key])
+            assert a.pop("fidelity") == pytest.approx(b.pop("fidelity"), abs=2e-8)
+            assert a == b
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_killed_run_goes_on_to_the_records_of_an_undisturbed_one(
+    dtype: torch.dtype, deterministic: bool, many_end_tokens: None
+) -> None:
+    """Whatever was written before it ended: what is missing, and nothing else, byte for byte apart from times."""
+    model, prompts = tiny.tiny_llama(dtype), long_answers()
+    config = dataclasses.replace(GENERATING, methods=("snapkv", "pyramidkv", "h2o"))
+    options = tiny.Options(3, keep_maps=99, fidelity=True, deterministic=deterministic)
+    plan = tiny.plan_of(config, prompts)
+    whole, outcome = asks.sweep(model, config, prompts, options, plan=plan)
+    assert outcome.errors == 0
+    truth = {key: asks.timeless(record) for key, record in whole.by_key().items()}
+    rng, count = random.Random(3), len(whole.records)
+    cuts = [whole.records[: count // 3], whole.records[: 4 * count // 7]]
+    cuts += [rng.sample(whole.records, count // 2), [r for r in whole.records if r["method"] != "full"]]
+    for had in cuts:
+        sink = tiny.Memory(done={(r["cell_id"], r["sample_id"]) for r in had})
+        full = asks.answers_of_full(plan, had)
+        rest, _ = asks.sweep(model, config, prompts, options, plan=plan, sink=sink, full_outputs=full)
+        found = {key: asks.timeless(record) for key, record in rest.by_key().items()}
+        assert len(rest.records) == count - len(had) == len(found)
+        assert found == {key: record for key, record in truth.items() if key not in sink.done}
+
+
+def test_a_killed_run_whose_rows_were_compared_together_goes_on_the_same() -> None:
+    """More rows in a decode batch than are compared in one pass: the passes are formed as they were."""
+    model, prompts = tiny.tiny_llama(), asks.of_length(tiny.prompt_set([50, 21, 64, 37]), 8)
+    config = SweepConfig(methods=("snapkv", "h2o", "pyramidkv"), ratios=("0.1", "0.2", "0.3", "0.4", "0.5"),
+                         first_token=("compressed", "prefill"))  # fmt: skip
+    options, plan = tiny.Options(16, fidelity=True), tiny.plan_of(config, prompts)
+    whole, _ = asks.sweep(model, config, prompts, options, plan=plan)
+    assert max(Counter(r["batch_id"] for r in whole.records).values()) > 64
+    truth = {key: asks.timeless(record) for key, record in whole.by_key().items()}
+    for had in (whole.records[:10], whole.records[:70], whole.records[3::4]):
+        sink = tiny.Memory(done={(r["cell_id"], r["sample_id"]) for r in had})
+        full = asks.answers_of_full(plan, had)
+        rest, _ = asks.sweep(model, config, prompts, options, plan=plan, sink=sink, full_outputs=full)
+        assert {key: asks.timeless(record) for key, record in rest.by_key().items()} == {
+            key: record for key, record in truth.items() if key not in sink.done
+        }
