@@ -1,7 +1,7 @@
 """kvpress 0.5.5's selections as kvcli plugin methods, in kvpress's own conventions, for a like-for-like timing.
 
 The removed share is 1 - kept ratio, int() cuts off the fraction, windows are never cut for small budgets. Used as
-`benchmarks/kvpress_rules.py:Snap` and so on; not how kvcli's own methods of these names work (docs/methods).
+`benchmarks/kvpress_rules.py:Snap` and so on; not how kvcli's own methods of these names work (kvcli/methods).
 """
 
 from __future__ import annotations

@@ -23,13 +23,18 @@ from typer.main import get_command
 
 from kvcli.cli.app import COMMANDS
 from kvcli.config import GRID, SweepConfig
+from kvcli.engine import bench_run
 from kvcli.engine.session import full_identity
+from kvcli.methods import catalog
 from kvcli.results.schema import FIELDS
 
 DOCS = Path(__file__).resolve().parent
 PART = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) [^\n]*-->\n).*?(<!-- end: (?P=name) -->\n)", re.S)
-PLURAL = {"method": "methods", "ratio": "ratios", "budget": "budgets", "task": "tasks", "seed": "seeds"}
+PLURAL = {name: f"{name}s" for name in ("method", "ratio", "budget", "task", "seed", "decode_ratio", "decode_budget")}
 """Options whose key in a config file has another name."""
+ANSWERS = {"unified": "one pool with the prompt", "separate": "apart from the prompt", None: "-"}
+SHARING = {1: "the shared prefill", 2: "the shared prefill and an extra pass", 3: "a prefill of its own"}
+SCOPES = {"head": "KV head", "layer": "layer", "model": "model"}
 
 
 def commands() -> dict[str, Any]:
@@ -119,10 +124,19 @@ def _value(value: Any) -> str:
     return "-" if value is None else f"`{value}`"
 
 
-def fields() -> str:
-    """The record's fields."""
-    rows = [f"| `{name}` | {_cell(meaning)} |" for name, meaning in FIELDS.items()]
+def fields(meanings: dict[str, str]) -> str:
+    """A record's fields."""
+    rows = [f"| `{name}` | {_cell(meaning)} |" for name, meaning in meanings.items()]
     return "\n".join(["| field | meaning |", "| --- | --- |", *rows]) + "\n"
+
+
+def methods() -> str:
+    """All methods shipped: where they act, what the budget binds, what they read."""
+    lines = ["| method | tier | answers (`--decode-ratio`) | budget per | reads | source |", "| --- " * 6 + "|"]
+    for card in catalog.cards():
+        cells = [f"`{card['name']}`", str(card["tier"]), ANSWERS[card["decoding"]], SCOPES[card["budget_scope"]]]
+        lines.append(f"| {' | '.join([*cells, SHARING[card['sharing']], card['paper'] or '-'])} |")
+    return "\n".join(lines) + "\n"
 
 
 def _one_line(text: str | None) -> str:
@@ -134,7 +148,13 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-PARTS: dict[str, Callable[[], str]] = {"commands": reference, "settings": settings, "record-fields": fields}
+PARTS: dict[str, Callable[[], str]] = {
+    "commands": reference,
+    "methods": methods,
+    "settings": settings,
+    "record-fields": lambda: fields(FIELDS),
+    "bench-fields": lambda: fields(bench_run.FIELDS),
+}
 
 
 def built(page: str) -> str:

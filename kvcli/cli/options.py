@@ -80,7 +80,9 @@ Shots = Annotated[
     str | None,
     _option("--shots", help="Numbers of examples in the prompt [default: the task's own].", panel=_GRID, metavar="N,N"),
 ]
-Seeds = Annotated[str | None, _option("--seed", help="Seeds of random methods.", panel=_GRID, metavar="N,N")]
+Seeds = Annotated[
+    str | None, _option("--seed", help="Seeds of random methods and of sampled answers.", panel=_GRID, metavar="N,N")
+]
 ShotSeed = Annotated[int | None, _option("--shot-seed", help="Which examples are drawn.", panel=_GRID, metavar="N")]
 FirstToken = Annotated[
     str | None,
@@ -123,7 +125,10 @@ DecodeInterval = Annotated[
 Cap = Annotated[
     str | None,
     _option(
-        "--cap", help="grow, or fixed: the cache never exceeds the prompt's budget.", panel=_ANSWERS, metavar="WHICH"
+        "--cap",
+        help="grow, or fixed: the cache never exceeds the prompt's budget [default: grow].",
+        panel=_ANSWERS,
+        metavar="WHICH",
     ),
 ]
 Temperature = Annotated[
@@ -133,7 +138,8 @@ Temperature = Annotated[
     ),
 ]
 TopP = Annotated[
-    float | None, _option("--top-p", help="Sample from the likeliest tokens of this mass.", panel=_ANSWERS, metavar="P")
+    float | None,
+    _option("--top-p", help="Sample from the likeliest tokens of this mass [default: 1].", panel=_ANSWERS, metavar="P"),
 ]
 Draws = Annotated[
     int | None, _option("--draws", help="Sampled answers per prompt [default: 1].", panel=_ANSWERS, metavar="K")
@@ -149,7 +155,9 @@ IgnoreEos = Annotated[bool | None, _option("--ignore-eos", help="Always generate
 Deterministic = Annotated[
     bool | None,
     _option(
-        "--deterministic", help="Batches keep their shape to the end: slower, bit for bit the same.", panel=_RUNNING
+        "--deterministic",
+        help="Rows stay together to the end: slower; a repeated run is the same bit for bit.",
+        panel=_RUNNING,
     ),
 ]
 Fidelity = Annotated[

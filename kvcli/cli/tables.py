@@ -175,7 +175,7 @@ def _legend(tables: Sequence[TaskTable]) -> Iterator[RenderableType]:
     lines += wording.legend(wording.marks(cell, table.full) for cell, table in cells)
     seeds = sorted({cell.seeds for cell, _ in cells if cell.seeds > 1})
     if seeds:
-        lines.append(("", f"random methods: mean of {' or '.join(map(str, seeds))} seeds within each sample"))
+        lines.append(("", f"scores are means of {' or '.join(map(str, seeds))} seeds or draws within each sample"))
     grid = Table.grid(padding=(0, 1, 0, 0))
     grid.add_column(width=1)
     grid.add_column()

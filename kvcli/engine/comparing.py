@@ -67,8 +67,11 @@ class Comparer:
         Raises OutOfRoom for rows that did not fit together.
         """
         found: list[fidelity.Distance | None] = [None] * len(asks)
-        keys = [None if ask.tag.cell.method == "full" else self.key(ask.tag) for ask in asks]
-        mine = [i for i, key in enumerate(keys) if key is not None]
+        keys = [self.key(ask.tag) for ask in asks]
+        for i, (ask, key) in enumerate(zip(asks, keys, strict=True)):
+            if ask.tag.cell.method == "full" and key is not None:
+                found[i] = fidelity.same(len(fidelity.forced(ask, self.answers[key])[1]))
+        mine = [i for i, key in enumerate(keys) if key is not None and asks[i].tag.cell.method != "full"]
         one = build is not CompressedCache
         for some in fidelity.batches([asks[i] for i in mine], room):
             part = [mine[at] for at in some]

@@ -49,6 +49,11 @@ class Distance:
     tokens: int
 
 
+def same(tokens: int) -> Distance | None:
+    """Of `full` from itself."""
+    return Distance(0.0, 1.0, 0.0, tokens) if tokens else None
+
+
 def forced(ask: Ask, ids: Sequence[int]) -> tuple[list[int], list[int]]:
     """(tokens to feed from ask's start on, the tokens they are to predict)."""
     ids = list(ids[:MOST_TOKENS])

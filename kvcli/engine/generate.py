@@ -108,7 +108,7 @@ def generate(
     """Yields every ask with its answer as it finishes.
 
     room: what fits a batch (None: everything). Once half of a batch has ended, the others move together and waiting
-    asks enter as far as there is room. steady: the first batch takes all asks and keeps its shape to the end.
+    asks enter as far as there is room. steady: the first batch takes all asks, and its rows stay together to the end.
     stop: asked before every step; asks that have not finished then are dropped. Raises OutOfRoom.
     """
     batch = _Batch(model, iter(asks), room or Room(), memory or Workspace(), build, steady)

@@ -182,7 +182,7 @@ def _positive(option: str, value: float | None, shift: int = 0) -> None:
 def _check_needs(method: str) -> None:
     wrong = [n for n in catalog.build(method).needs() if not NEED.fullmatch(n)]
     if wrong:
-        fix = "needs() may name column_sum, column_sum:question and window:W"
+        fix = "needs() may name column_sum, column_sum:question, window:W and reconstruction"
         raise KvcliError(f"unknown statistic '{wrong[0]}'", given=f"--method {method}", fix=fix)
 
 

@@ -74,7 +74,7 @@ def ok_record(
         kv_bytes={"full": dense, "prefill": kept, "end": end},
         alloc_bytes=output.alloc, repetition=repetition(output.ids),
         kept_by_region={k: round(t / s, 4) for k, (t, s) in by_region.items() if s},
-        fidelity=_fidelity(output.ids, full, distance, cell.method == "full"), prompt_sha=prompt.sha,
+        fidelity=_fidelity(output.ids, full, distance), prompt_sha=prompt.sha,
         seconds={k: v if isinstance(v, bool) else round(v, SAVED_DIGITS) for k, v in seconds.items()},
     )  # fmt: skip
     return record
@@ -89,12 +89,10 @@ def repetition(ids: Sequence[int]) -> float | None:
     return round(1 - len(set(grams)) / len(grams), SAVED_DIGITS) if len(grams) > 1 else None
 
 
-def _fidelity(ids: list[int], full: list[int] | None, distance: Distance | None, same: bool) -> dict[str, Any]:
-    """First token at which the output differs from full's, and the distance of the predictions; `same`: it is full."""
+def _fidelity(ids: list[int], full: list[int] | None, distance: Distance | None) -> dict[str, Any]:
+    """First token at which the output differs from full's, and the distance of the predictions."""
     result: dict[str, Any] = dict.fromkeys(("kl", "top1", "nll", "tokens", "first_divergence", "identical"))
-    if same:
-        result.update(kl=0.0, top1=1.0, nll=0.0, tokens=len(ids))
-    elif distance is not None:
+    if distance is not None:
         figures = dataclasses.asdict(distance).items()  # NaN where the model gave NaN: a line holds none
         result.update({k: round(v, 8) if math.isfinite(v) else None for k, v in figures})
     if full is not None:

@@ -21,7 +21,7 @@ from kvcli.evals.spec import Task
 
 @dataclass(frozen=True)
 class Generation:
-    """`generation_kwargs`; kvcli decodes greedily, so sampling settings may only say so."""
+    """`generation_kwargs`; whether answers are drawn is the user's choice, so it may only name greedy decoding."""
 
     until: tuple[str, ...] | None = None
     max_gen_toks: int = 256
@@ -32,7 +32,7 @@ class Generation:
         if self.max_gen_toks < 1:
             raise ValueError("max_gen_toks must be at least 1")
         if self.temperature:
-            raise ValueError("temperature must be 0: kvcli decodes greedily")
+            raise ValueError("temperature must be 0: --temperature sets it for a run")
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,8 @@ class _Pruning:
         out, _ = backends.prefill(query, key, value, scaling, {}, self.model.attn)
         if layer + 1 < len(self.layers):
             weights = self.plan.weights
+            if len(weights) > query.shape[2]:
+                raise ValueError(f"layer {layer}: {len(weights)} weights for {query.shape[2]} tokens")
             received = summed_received(query[0, :, query.shape[2] - len(weights) :], key[0], weights, scaling)
             self.going = self.method.prefill_keep(layer, received, self.positions[layer], self.plan)
             _check(self.going, layer, query.shape[2])
