@@ -20,7 +20,6 @@ section at tiny sizes on the CPU instead, to test this script, and writes only w
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
@@ -29,7 +28,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -337,19 +336,6 @@ def capture(section: Section) -> None:
         section.add(text, memory_per_token=growth, met=met)
 
 
-@contextlib.contextmanager
-def only(methods: Sequence[str], kept: Sequence[str]) -> Iterator[None]:
-    """Narrows the grid of sweep_vs_kvpress.kvcli_sweep."""
-    import sweep_vs_kvpress as peer
-
-    before = peer.METHODS, peer.KEPT
-    peer.METHODS, peer.KEPT = tuple(methods), tuple(kept)
-    try:
-        yield
-    finally:
-        peer.METHODS, peer.KEPT = before
-
-
 def sweep(section: Section) -> None:
     """Workload (c): the whole grid at once, then each cell as a run of its own on one question, scaled to all."""
     import sweep_vs_kvpress as peer
@@ -361,20 +347,22 @@ def sweep(section: Section) -> None:
         work = peer.Workload("c", [p[peer.BLOCK - 150 :] for p in work.prompts[:2]], 2, 150)
         methods, kept = ("Snap", "Streaming"), ("0.5",)
     cells, prompts = len(methods) * len(kept), len(work.prompts)
-    with only(methods, kept):
-        peer.kvcli_sweep(model, peer.Workload("warm", work.prompts[:2], 2, work.question), 0)
-        together = []
-        for _ in range(2):
-            synchronize(section)
-            together.append(peer.kvcli_sweep(model, work, 0)[1])
-            section.add(f"all {cells} cells of {prompts} prompts: {together[-1]:.2f} s", together=together[-1])
+    peer.kvcli_sweep(model, peer.Workload("warm", work.prompts[:2], 2, work.question), 0, methods, kept)
+    together = []
+    for _ in range(2):
+        synchronize(section)
+        sink, seconds = peer.kvcli_sweep(model, work, 0, methods, kept)
+        assert len(sink.records) == cells * prompts
+        together.append(seconds)
+        section.add(f"all {cells} cells of {prompts} prompts: {together[-1]:.2f} s", together=together[-1])
     alone = []
     for i, (method, ratio) in enumerate((m, r) for m in methods for r in kept):
         if section.left() < 5:
             break
         one = peer.Workload("one", [work.prompts[i % prompts]], work.new, work.question)
-        with only([method], [ratio]):
-            alone.append(peer.kvcli_sweep(model, one, 0)[1])
+        sink, seconds = peer.kvcli_sweep(model, one, 0, [method], [ratio])
+        assert len(sink.records) == 1
+        alone.append(seconds)
     if not alone:
         section.skip("single cells, for lack of time")
         return

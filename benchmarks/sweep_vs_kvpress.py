@@ -256,7 +256,7 @@ def summary(works: list[Workload], checks: dict[str, Any], args: argparse.Namesp
         theirs = [sum(run[work.new - 1] for run in repeat) * total / len(repeat) for repeat in source.theirs]
         ratio = [t / o for t, o in zip(theirs, work.ours, strict=False)]
         rows.append({
-            "workload": work.name, "speedup": round(median(ratio), 2), "bar": BARS[work.name],
+            "workload": work.name, "speedup": round(median(ratio), 2) if ratio else None, "bar": BARS[work.name],
             "kvcli_seconds": [round(x, 3) for x in work.ours], "kvpress_seconds": [round(x, 2) for x in theirs],
             "cells": 24, "prompts": len(work.prompts), "new_tokens": work.new,
             "sampled": len(source.theirs[0]) if source.theirs else 0, "of": total, "equal": checks[work.name],

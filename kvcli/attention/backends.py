@@ -76,7 +76,8 @@ def _fused(
     depends on how a kernel aligns its causal mask when there are more keys than queries.
     """
     package = backend == "flash"
-    exact |= prefix is not None
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    exact |= prefix is not None or (half and query.device.type == "cpu")  # what is captured must not move the output
     own = fused.attention(query, key, value, scaling, causal=True, package=package, exact=exact)
     if own is None or prefix is None:
         return own

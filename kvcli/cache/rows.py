@@ -76,5 +76,8 @@ def place(out: Tensor, dense: Tensor, form: Tensor | list[Tensor]) -> None:
         else:
             torch.index_select(dense, 1, form.to(device), out=out[:, : len(form)])
         return
+    if not isinstance(form, list) and device.type != "cpu":  # one call instead of one per head
+        out[:, : form.shape[1]] = dense.gather(1, form.to(device)[..., None].expand(-1, -1, dense.shape[-1]))
+        return
     for head, positions in enumerate(head_positions(form, dense.shape[0])):
         torch.index_select(dense[head], 0, positions.to(device), out=out[head, : len(positions)])

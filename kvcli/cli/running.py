@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+from contextlib import nullcontext
 from typing import Any
 
 from kvcli.cli import output
@@ -39,7 +40,8 @@ def perform(config: SweepConfig, passed: dict[str, Any], *, dry_run: bool, json:
     from kvcli.engine.prepare import check
     from kvcli.engine.stop import StopRequest
 
-    with StopRequest(config.max_time, say=output.note) as stop:
+    stop = StopRequest(config.max_time, say=output.note)
+    with nullcontext() if dry_run else stop:  # a dry run has nothing to save: signals end it as they end any program
         quiet_libraries()
         request = check(config)
         _threads(config)

@@ -54,6 +54,8 @@ class Choice:
     context: Context
     selection: Selection
     seconds: float
+    logits: Tensor | None = None
+    """[V] behind the prompt, where they come from a prefill of the method's own."""
 
 
 @dataclass
@@ -75,7 +77,8 @@ class Asker:
         else:
             selection, logits = select(method, ctx, budget), ready.logits
             row = self._row(cell, method, ctx, selection, budget)
-        choice = Choice(sample, cell, ctx, selection, time.perf_counter() - started)
+        own = logits if method.kind == "in-prefill" else None
+        choice = Choice(sample, cell, ctx, selection, time.perf_counter() - started, own)
         sampler = self._sampler(cell, ctx)
         return Ask(row, self._start(choice, logits, sampler), self._rules(prompts), sampler, choice)
 

@@ -17,6 +17,9 @@ from kvcli.engine.prefilling import Ready
 from kvcli.engine.prepare import PromptSet
 from kvcli.models.wrapper import Model
 
+MOST_BYTES = 512 << 20
+"""Full's predictions held at a time; what does not fit is computed again where it is needed."""
+
 Key = tuple[str, str]
 """Mode (`mode_of`) and sample."""
 
@@ -86,8 +89,12 @@ class Comparer:
                 failed = OutOfRoom(len(rows), rows, error)
             if failed is not None:
                 raise failed
-            for i, distance in zip(part, measured, strict=True):
+            for i, answer, distance in zip(part, answers, measured, strict=True):
+                choice = asks[i].tag
                 found[i] = distance
+                if choice.logits is not None:
+                    whole = ready[choice.sample].logits
+                    found[i] = fidelity.with_first(distance, whole, choice.logits, answer.ids[0])
         return found
 
     def _reference(self, prompts: PromptSet, choice: Choice, key: Key, ready: dict[int, Ready]) -> fidelity.Reference:
@@ -98,4 +105,7 @@ class Comparer:
             )
             ask = self.asker.ask(prompts, choice.sample, cell, ready[choice.sample])
             self._references[key] = fidelity.reference(self.model, ask, self.answers[key], self.memory)
-        return self._references[key]
+        found = self._references[key] = self._references.pop(key)  # the least recently used leave first
+        while len(self._references) > 1 and sum(r.logits.nbytes for r in self._references.values()) > MOST_BYTES:
+            self._references.pop(next(iter(self._references)))
+        return found

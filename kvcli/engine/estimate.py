@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvcli.engine.memory import CHUNK
-from kvcli.engine.plan import Cell, Plan, padded_share, ratio_of
+from kvcli.engine.plan import Cell, DecodeBatch, Plan, PrefillBatch, padded_share, ratio_of
 from kvcli.engine.prepare import PromptSet
 
 if TYPE_CHECKING:
@@ -125,6 +125,14 @@ class _Work:
     read: int = 0
     caches: int = 0
     dense: int = 0
+    _alike: dict[tuple[int, int], list[DecodeBatch]] = field(default_factory=dict)
+
+    def batches(self, batch: PrefillBatch, rows: int) -> list[DecodeBatch]:
+        """Decode batches of a prefill batch: alike for all with the same cells and number of samples."""
+        key = (id(batch.cells), batch.end - batch.start)
+        if key not in self._alike:
+            self._alike[key] = list(batch.decode_batches(rows))
+        return self._alike[key]
 
 
 def estimate(
@@ -137,30 +145,31 @@ def estimate(
     Upper bounds: every row is taken to generate its task's most tokens. length: --max-new-tokens. methods: by text.
     """
     work = _Work()
-    missing: set[tuple[str, int]] = set()
+    parts: list[_Part] = []
     token = sizes.kv_elements * itemsize
+    recorded = _by_cell(done)
     for batch in plan.batches:
         prompts = prompt_sets[batch.task, batch.shots]
         samples = range(batch.start, min(batch.end, limit or batch.end))
-        members = [c for c in batch.cells if c.id in wanted]
-        mine = {(c.id, i) for c in members for i in samples if (c.id, prompts.samples[i].id) not in done}
+        mine = list(_parts([c for c in batch.cells if c.id in wanted], prompts, samples, recorded))
         if not mine:
             continue
-        missing |= mine
+        parts += mine
         new = length or prompts.task.max_new_tokens
-        longest = max(len(prompts.prompts[i].ids) for i in samples) + new
-        decodes = [d for d in batch.decode_batches(rows) if any((c.id, batch.start + i) in mine for i, c in d.rows)]
-        work.records += len(mine)
-        work.decode += len(mine) * new
+        lengths = [len(prompts.prompts[i].ids) for i in samples]
+        longest = max(lengths) + new
+        decodes = work.batches(batch, rows)
+        records = sum(len(part.cells) * len(part.samples) for part in mine)
+        work.records += records
+        work.decode += records * new
         work.steps += new * len(decodes)
         work.passes += 1
         work.read += int(sum(padded_share(d.rows) for d in decodes) * longest * token * new)
-        sizes_of = {(i, c.id): _slots(c, len(prompts.prompts[batch.start + i].ids), new, methods[c.method])
-                    for d in decodes for i, c in d.rows}  # fmt: skip
-        largest = max(_largest([sizes_of[i, c.id] for i, c in d.rows], max(1, room // token)) for d in decodes)
+        slots = {c.id: _slots(c, max(lengths), new, methods[c.method]) for c in batch.cells}
+        largest = max(_largest([slots[c.id] for _, c in d.rows], max(1, room // token)) for d in decodes)
         work.caches = max(work.caches, int(largest * token * (1 + 1 / sizes.layers)))
         work.dense = max(work.dense, len(samples) * longest * token)
-    groups = _groups(plan, prompt_sets, missing, methods)
+    groups = _groups(prompt_sets, parts, methods)
     prefill = sum(group.tokens for group in groups)
     flops = 2 * sizes.parameters * (prefill + work.decode)
     weights = sizes.parameters * itemsize
@@ -171,7 +180,7 @@ def estimate(
     activations = min(wide * 8, CHUNK) * sizes.hidden * ACTIVATIONS * itemsize + rows * sizes.vocabulary * 4
     return Estimate(
         cells=len(wanted), samples=sum(plan.samples.values()), records=work.records, groups=groups,
-        storage=_storage(plan, missing), prefill_tokens=prefill, decode_tokens=work.decode,
+        storage=_storage(parts), prefill_tokens=prefill, decode_tokens=work.decode,
         separate_prefill_tokens=sum(group.tokens_alone for group in groups),
         memory=Memory(weights, work.dense, work.caches, activations),
         record_bytes=work.records * RECORD_BYTES + work.decode * TOKEN_BYTES, seconds=seconds,
@@ -204,26 +213,60 @@ def _largest(slots: Sequence[int], room: int) -> int:
     return largest
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Cells of one prompt set that lack the same samples (by index)."""
+
+    prompt_key: tuple[str, int]
+    cells: list[Cell]
+    samples: Sequence[int]
+
+
+def _by_cell(done: set[tuple[str, str]]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for cell, sample in done:
+        found.setdefault(cell, set()).add(sample)
+    return found
+
+
+def _parts(
+    cells: list[Cell], prompts: PromptSet, samples: Sequence[int], recorded: dict[str, set[str]]
+) -> Iterator[_Part]:
+    """What the cells of one batch still lack."""
+    fresh = [cell for cell in cells if cell.id not in recorded]
+    if fresh:
+        yield _Part(fresh[0].prompt_key, fresh, samples)
+    for cell in cells:
+        if cell.id in recorded:
+            left = [i for i in samples if prompts.samples[i].id not in recorded[cell.id]]
+            if left:
+                yield _Part(cell.prompt_key, [cell], left)
+
+
 def _groups(
-    plan: Plan, prompt_sets: dict[tuple[str, int], PromptSet], missing: set[tuple[str, int]],
-    methods: dict[str, Method],
-) -> list[Group]:  # fmt: skip
+    prompt_sets: dict[tuple[str, int], PromptSet], parts: Sequence[_Part], methods: dict[str, Method]
+) -> list[Group]:
     found = []
     for (task, shots), prompts in prompt_sets.items():
         dense: set[int] = set()
-        mine = [(plan.cells[cell], i) for cell, i in missing if plan.cells[cell].prompt_key == (task, shots)]
         for sharing in (1, 2, 3):
-            rows = [(cell, i) for cell, i in mine if methods[cell.method].sharing == sharing]
-            if not rows:
+            cells: set[str] = set()
+            some: set[int] = set()
+            alone = 0
+            for part in parts:
+                mine = [c.id for c in part.cells if methods[c.method].sharing == sharing]
+                if mine and part.prompt_key == (task, shots):
+                    cells.update(mine)
+                    some.update(part.samples)
+                    alone += len(mine) * sum(len(prompts.prompts[i].ids) for i in part.samples)
+            if not cells:
                 continue
-            samples = sorted({i for _, i in rows})
-            alone = sum(len(prompts.prompts[i].ids) for _, i in rows) * (2 if sharing == 2 else 1)
-            own = {1: 0, 2: sum(len(prompts.prompts[i].ids) for i in samples), 3: alone}[sharing]
-            new = [i for i in samples if i not in dense]  # the first group of a prompt pays for its dense prefill
-            dense.update(new)
+            alone *= 2 if sharing == 2 else 1
+            own = {1: 0, 2: sum(len(prompts.prompts[i].ids) for i in some), 3: alone}[sharing]
+            new = sorted(some - dense)  # the first group of a prompt pays for its dense prefill
+            dense |= some
             tokens = own + (_shared_tokens([prompts.prompts[i] for i in new]) if new else 0)
-            cells = len({cell.id for cell, _ in rows})
-            found.append(Group(task, shots, sharing, cells, len(samples), tokens, alone))
+            found.append(Group(task, shots, sharing, len(cells), len(some), tokens, alone))
     return found
 
 
@@ -240,11 +283,13 @@ def _shared_tokens(prompts: Sequence[Any]) -> int:
     return own + sum(pieces.values())
 
 
-def _storage(plan: Plan, missing: set[tuple[str, int]]) -> list[Storage]:
-    rows = Counter(plan.cells[cell].storage for cell, _ in missing)
+def _storage(parts: Sequence[_Part]) -> list[Storage]:
+    rows: Counter[str] = Counter()
     cells: dict[str, set[str]] = {}
-    for cell, _ in missing:
-        cells.setdefault(plan.cells[cell].storage, set()).add(cell)
+    for part in parts:
+        for cell in part.cells:
+            rows[cell.storage] += len(part.samples)
+            cells.setdefault(cell.storage, set()).add(cell.id)
     return [Storage(kind or "kept", len(cells[kind]), rows[kind]) for kind in sorted(rows)]
 
 

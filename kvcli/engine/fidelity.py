@@ -91,6 +91,16 @@ def _mean(sums: Tensor, tokens: int) -> Distance:
     return Distance(kl, top1, nll, tokens)
 
 
+def with_first(distance: Distance | None, full: Tensor, other: Tensor, first: int) -> Distance:
+    """The figures with the answer's first token among them, for a row whose own prefill predicted it: logits [V]."""
+    kl, top1, nll = _compare(full[None], other[None], [first]).tolist()
+    if distance is None:
+        return Distance(kl, top1, nll, 1)
+    n = distance.tokens
+    mean = [(a * n + b) / (n + 1) for a, b in ((distance.kl, kl), (distance.top1, top1), (distance.nll, nll))]
+    return Distance(mean[0], mean[1], mean[2], n + 1)
+
+
 def _passes(
     model: Model, asks: Sequence[Ask], fed: Sequence[list[int]], width: int, memory: Workspace, build: Build
 ) -> Iterator[tuple[int, Tensor]]:

@@ -218,7 +218,9 @@ class _Batch:
     def step(self) -> None:
         assert self.cache is not None
         logits = self.model.step(self.tokens[:, None], self.positions[:, None], self.cache)[:, -1]
-        self.tokens, self.positions = logits.argmax(-1).cpu(), self.positions + 1
+        moving = torch.zeros_like(self.positions)
+        moving[self.live] = 1  # a row that ended stays inside the model's context
+        self.tokens, self.positions = logits.argmax(-1).cpu(), self.positions + moving
         for r in list(self.live):
             choose = self.asks[r].choose
             if choose is not None:

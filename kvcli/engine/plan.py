@@ -241,6 +241,7 @@ def _batches(
 ) -> Iterator[PrefillBatch]:
     """Cells that already have some samples get the rest; borders of batches lie on multiples of `rows`."""
     task, shots = prompt_key
+    whole = tuple(group)  # one object for all batches: what is made of it once serves them all
     for start in range(0, count, rows):
         end = min(count, start + rows)
         by_first: dict[int, list[Cell]] = {}
@@ -251,7 +252,8 @@ def _batches(
         order = sorted(by_first.items(), key=lambda item: (all(c.method != "full" for c in item[1]), item[0]))
         for first, members in order:  # `full` first: the others are compared with its output
             name = f"g{number}-{task}-s{shots}-p{first:05d}"
-            yield PrefillBatch(name, task, shots, first, end, count, tuple(members))
+            cells = whole if len(members) == len(whole) else tuple(members)
+            yield PrefillBatch(name, task, shots, first, end, count, cells)
 
 
 def ratio_of(cell: Cell) -> Decimal | None:

@@ -74,11 +74,16 @@ class PoolRow(Row):
 
     def most(self, layer: int, room: int) -> int:
         assert self.cap is not None
-        start = max(self.lengths(layer)) + 1  # the last prompt token may be fed again
-        frozen = start if self.cap.separate else 0
-        free = min(self.interval, room)  # tokens before the first eviction
-        later = self.cap.upto(room)[free:]
-        return max(start + free, *(min(start + t, frozen + cap + self.interval) for t, cap in enumerate(later, free)))
+        return _most(self.cap, max(self.lengths(layer)) + 1, self.interval, room)  # + 1: the last one may be fed again
+
+
+@lru_cache(maxsize=4096)
+def _most(cap: Cap, start: int, interval: int, room: int) -> int:
+    """Pairs that a head of `start` pairs ever holds over `room` generated tokens."""
+    frozen = start if cap.separate else 0
+    free = min(interval, room)  # tokens before the first eviction
+    later = cap.upto(room)[free:]
+    return max(start + free, *(min(start + t, frozen + size + interval) for t, size in enumerate(later, free)))
 
 
 class PoolCache(CompressedCache):
@@ -115,7 +120,7 @@ def lowest(rank: Tensor, position: Tensor, competing: Tensor, count: Tensor) -> 
 
     count: at most as many as compete.
     """
-    rank = rank.masked_fill(~competing, float("inf"))
+    rank = rank.nan_to_num(float("-inf"), float("inf"), float("-inf")).masked_fill(~competing, float("inf"))
     if int(count.max()) <= 1:
         tie = (rank == rank.amin(-1, keepdim=True)) & competing
         newest = position.where(tie, -1).amax(-1, keepdim=True)

@@ -108,7 +108,11 @@ def _check_decoding(config: SweepConfig, methods: Sequence[str]) -> tuple[str, .
     """The canonical decode ratios. Raises KvcliError for settings that exclude each other or cannot be met."""
     texts: tuple[str, ...] = ()
     for text in config.decode_ratios:
-        texts += (text,) if text in ("off", "same") else tuple(map(ratio_text, parse_ratios([text])))
+        try:
+            texts += (text,) if text in ("off", "same") else tuple(map(ratio_text, parse_ratios([text])))
+        except KvcliError as e:
+            fix = "--decode-ratio off, same, or a kept ratio such as 0.5"
+            raise KvcliError(e.what, given=f"--decode-ratio {text}", fix=fix) from e
     texts = tuple(dict.fromkeys(texts))
     asked = [f"--decode-ratio {','.join(texts)}"] * (texts != ("off",))
     asked += [f"--decode-budget {','.join(map(str, config.decode_budgets))}"] * bool(config.decode_budgets)
@@ -121,7 +125,8 @@ def _check_decoding(config: SweepConfig, methods: Sequence[str]) -> tuple[str, .
     for size in config.decode_budgets:
         _positive("--decode-budget", size)
     if config.budgets and "same" in texts:
-        raise KvcliError("--decode-ratio same needs --ratio", given="--budget", fix="--decode-ratio 0.5")
+        given = f"--budget {config.budgets[0]} --decode-ratio same"
+        raise KvcliError("--decode-ratio same needs --ratio", given=given, fix="--decode-ratio 0.5")
     if not asked and config.decode_interval != 1:
         what = "--decode-interval changes nothing without compression while generating"
         raise KvcliError(what, given=f"--decode-interval {config.decode_interval}", fix="--decode-ratio 0.5 beside it")
@@ -133,14 +138,18 @@ def _check_decoding(config: SweepConfig, methods: Sequence[str]) -> tuple[str, .
 
 
 def _check_sampling(config: SweepConfig) -> None:
-    if not 0 <= config.temperature < 100:
-        raise KvcliError("--temperature must be at least 0", given=f"--temperature {config.temperature}", fix="0.7")
+    if not 0 <= config.temperature <= 100:
+        given = f"--temperature {config.temperature}"
+        raise KvcliError("--temperature must lie in 0..100", given=given, fix="--temperature 0.7")
     if not 0 < config.top_p <= 1:
         raise KvcliError("--top-p must lie in (0, 1]", given=f"--top-p {config.top_p}", fix="--top-p 0.95")
     _positive("--draws", config.draws)
-    if config.temperature == 0 and (config.draws > 1 or config.top_p < 1):
-        given = f"--draws {config.draws}" if config.draws > 1 else f"--top-p {config.top_p}"
+    if config.temperature == 0 and config.draws > 1:
+        given = f"--draws {config.draws}"
         raise KvcliError("without --temperature every draw is the same", given=given, fix="--temperature 0.7")
+    if config.temperature == 0 and config.top_p < 1:
+        given = f"--top-p {config.top_p}"
+        raise KvcliError("--top-p changes nothing without --temperature", given=given, fix="--temperature 0.7")
 
 
 def _without_decode_phase(config: SweepConfig, methods: Sequence[str]) -> str:
@@ -148,7 +157,7 @@ def _without_decode_phase(config: SweepConfig, methods: Sequence[str]) -> str:
     if config.decode_ratios == ("off",) and not config.decode_budgets and config.cap == "grow":
         return ""
     kept = [m for m in methods if m != "full" and decode_settings(config, catalog.build(m), "1") == [None]]
-    return f"every generated token is kept under {', '.join(kept)}" if kept else ""
+    return f"{', '.join(kept)}: no such compression while generating, every generated token is kept" if kept else ""
 
 
 MOST_UNKNOWN = 0.2

@@ -56,8 +56,11 @@ def ok_record(
     dense = n * sum(heads * width for heads, width in dims) * STORED_BYTES
     kept = payload_bytes(selection.kept, dims)
     end = kept + max(0, len(output.ids) - 1) * (dense // n)
+    flags = set(selection.flags)
     if output.held is not None:
-        end = output.held * (dense // n // sum(heads for heads, _ in dims))
+        everything, end = end, output.held * (dense // n // sum(heads for heads, _ in dims))
+        if end < everything:
+            flags.discard("noop")  # nothing of the prompt was evicted at first, but something was while generating
     upto = [0.0, *kept_share(selection.kept, kv_heads, n).cumsum(0).tolist()]
     by_region: dict[str, tuple[float, int]] = {}
     for region in prompt.regions:
@@ -70,7 +73,7 @@ def ok_record(
         status="ok", score=round(score.value, SAVED_DIGITS), extracted=score.extracted, extra=score.extra,
         output=output.text, output_ids=output.ids, finish=output.finish, n_prompt=n, n_new=len(output.ids),
         measured_ratio=round(kept / dense, SAVED_DIGITS), kept=round(sum(counts) / len(counts), 3),
-        flags=sorted(selection.flags), notes=selection.notes,
+        flags=sorted(flags), notes=selection.notes,
         kv_bytes={"full": dense, "prefill": kept, "end": end},
         alloc_bytes=output.alloc, repetition=repetition(output.ids),
         kept_by_region={k: round(t / s, 4) for k, (t, s) in by_region.items() if s},

@@ -91,7 +91,8 @@ class Runner:
         self.room = Room(self.options.memory, max(rows, MAX_DECODE_ROWS) if self.options.memory else rows)
         self.seen = self.total = 0
         self.completed = False
-        """Whether this run has finished a decode batch: one that is stopped is repeated whole."""
+        """Whether this run has finished a decode batch with something new in it: one that is stopped is repeated whole,
+        and a time limit that stops before anything new would stop there again and again."""
 
     def run(self) -> Outcome:
         self.prefiller = Prefiller(self.model)
@@ -148,6 +149,8 @@ class Runner:
 
     def _samples(self, prompts: PromptSet, batch: PrefillBatch, todo: list[DecodeBatch], rows: list[int]) -> None:
         """These samples of the batch, prefilled together or, where memory does not allow it, half by half."""
+        if self._stopped():
+            return
         names = {name for cell in batch.cells for name in self._method(cell).needs()}
         failure: BaseException | None = None
         try:
@@ -171,8 +174,9 @@ class Runner:
         self.comparer.clear()
         for decode in todo:
             if not self._stopped():
+                before = len(self.done)
                 _Decoding(self, prompts, batch, decode, ready).run()
-                self.completed = self.outcome.stopped is None
+                self.completed |= self.outcome.stopped is None and len(self.done) > before
 
     def _free(self) -> None:
         """Gives memory back after it ran out."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -30,13 +31,16 @@ class Sampler:
         scores = logits.double() / self.temperature
         if self.top_p < 1:
             scores = scores.masked_fill(~top_set(scores.softmax(-1), self.top_p), float("-inf"))
-        noise = torch.from_numpy(self._noise(step, len(scores))).to(scores.device)
+        noise = torch.from_numpy(_noise(self.seed, self.sample, self.draw, step, len(scores))).to(scores.device)
         return int((scores + noise).argmax())
 
-    def _noise(self, step: int, size: int) -> np.ndarray:
-        text = "\0".join((str(self.seed), self.sample, str(self.draw)))
-        key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
-        return np.random.Generator(np.random.Philox(key=key, counter=step << 64)).gumbel(size=size)
+
+@lru_cache(maxsize=64)  # rows of other methods ask for the same at about the same time
+def _noise(seed: int, sample: str, draw: int, step: int, size: int) -> np.ndarray:
+    """[size] standard Gumbel numbers."""
+    text = "\0".join((str(seed), sample, str(draw)))
+    key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
+    return np.random.Generator(np.random.Philox(key=key, counter=step << 64)).gumbel(size=size)
 
 
 def top_set(probabilities: Tensor, top_p: float) -> Tensor:

@@ -54,6 +54,7 @@ def checked(selection: Selection, method: Method, ctx: Context, budget: Budget) 
     Raises BadSelection when positions are unsorted, repeated or outside the prompt, when the last one is missing, or
     when the total exceeds the budget at the method's scope without the flag `over_budget`.
     """
+    selection.kept = [[p.cpu() for p in form] if isinstance(form, list) else form.cpu() for form in selection.kept]
     _check_form(selection.kept, ctx, method.keeps_last)
     counts = kept_counts(selection.kept, ctx.kv_heads)
     if method.domain.kind == "continuous" and "over_budget" not in selection.flags:

@@ -80,7 +80,8 @@ def open_session(request: Request, say: Callable[[str], None]) -> Session:
     batching = old.get("batching", {})
     own = request.config.prefill_batch
     if own == SweepConfig.prefill_batch:
-        own = batching.get("prefill_rows") or min(own, _rows(prepared, own))
+        again = None if request.config.memory else batching.get("prefill_rows")
+        own = again or min(own, _rows(prepared, own))
     plan = prepared.plan([Generation(tuple(g["cells"]), g["grid"]["limit"]) for g in generations], own)
     rows, room = request.config.decode_batch, None
     if not rows:

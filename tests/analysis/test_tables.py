@@ -139,7 +139,7 @@ def test_columns_ratios_budgets_and_own(tmp_path: Path) -> None:
     lines += lines_of("h2o", [1.0] * 3, cell="e", ratio="0.5", decode={"ratio": "same"})
     table = summarise(run_of(tmp_path, lines))[0]
     assert [c.text for c in table.columns] == ["128 KV", "0.1", "0.5", "own"]
-    assert [row.method for row in table.rows] == ["snapkv", "kivi", 'h2o [r_d same]']
+    assert [row.method for row in table.rows] == ["snapkv", "kivi", "h2o [r_d same]"]
 
 
 def test_order_is_that_of_run_json_whatever_the_order_of_records(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_file_methods_are_shown_by_their_class(tmp_path: Path) -> None:
     lines += lines_of("./value_norm.py:ValueNorm:recent=64", [1.0] * 3, cell="a")
     lines += lines_of("./value_norm.py:ValueNorm+kivi", [1.0] * 3, cell="b", decode={"ratio": "same"})
     (table,) = summarise(run_of(tmp_path, lines))
-    assert [row.label for row in table.rows] == ["ValueNorm:recent=64", 'ValueNorm+kivi [r_d same]']
+    assert [row.label for row in table.rows] == ["ValueNorm:recent=64", "ValueNorm+kivi [r_d same]"]
     shown = terminal([table], 120)
     assert "ValueNorm:recent=64" in shown
     assert "value_norm.py" not in shown
