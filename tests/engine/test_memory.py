@@ -422,10 +422,8 @@ def test_a_row_whose_cache_never_fits_is_its_own_error(
 
     monkeypatch.setattr(CompressedCache, "_tensors", limited)
     sink, outcome = sweep(exact, CONFIG, prompts, dataclasses.replace(OPTIONS, fidelity=False))
-    plain = {
-        key: {**r, "fidelity": {**r["fidelity"], **dict.fromkeys(("kl", "top1", "nll", "tokens"))}}
-        if r["method"] != "full" else r for key, r in truth.items()
-    }  # fmt: skip
+    nothing = dict.fromkeys(("kl", "top1", "nll", "tokens"))
+    plain = {key: {**r, "fidelity": {**r["fidelity"], **nothing}} for key, r in truth.items()}
     for key, record in plain.items():
         if key[1] == "s2" and record["method"] != "full":  # nothing to be compared with
             record["fidelity"] = dict.fromkeys(record["fidelity"])
