@@ -33,7 +33,7 @@ def decode(
         return out.reshape(rows, heads, new, -1)
     mask = visible if visible is None or new == 1 else visible.repeat(1, 1, group, 1)
     out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(rows, heads, new, dim)
+    return out.reshape(rows, heads, new, -1)
 
 
 def decode_with_weights(
@@ -46,7 +46,7 @@ def decode_with_weights(
     if query.dtype in (torch.float16, torch.bfloat16):  # 16-bit logits would round the weights by percents
         packed, key = packed.float(), key.float()
     out, weights = _one_token(packed, key, value, scaling, visible)
-    return out.to(query.dtype).reshape(rows, heads, 1, dim), weights.view(rows, heads, -1)
+    return out.to(query.dtype).reshape(rows, heads, 1, -1), weights.view(rows, heads, -1)
 
 
 def _one_token(

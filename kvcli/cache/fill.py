@@ -19,7 +19,7 @@ class Fill:
         self._alive = torch.ones(filled.shape[0], 1, dtype=torch.long, device=filled.device)
         self._even = bool((filled == filled[:1, :1]).all())
         self._visible: dict[int, Tensor | None] = {}
-        self._segments: list[tuple[int, int, int]] | None = None
+        self._segments: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
 
     @classmethod
     def of(cls, lengths: Sequence[Sequence[int]], room: Sequence[int], device: torch.device) -> Fill:
@@ -41,9 +41,9 @@ class Fill:
     def segments(self, new: int, waste: int) -> list[tuple[int, int, int]]:
         """(first row, row behind the last, slots to look at): neighbouring rows of about equal length, so that reading
         each group as far as its longest row is filled looks at no more than `waste` empty slots."""
-        if self._segments is None:
-            self._segments = _segments([have + new for have in self.longest], waste)
-        return self._segments
+        if (new, waste) not in self._segments:  # layers that share this may have slots of other sizes
+            self._segments[new, waste] = _segments([have + new for have in self.longest], waste)
+        return self._segments[new, waste]
 
     def take(self, new: int) -> Tensor:
         """[R, 1 or H_kv, new]: slots of the new tokens."""
@@ -66,7 +66,7 @@ class Fill:
         self.filled = self.filled + new * self._alive
         self.longest = [have + new * (most > 0) for have, most in zip(self.longest, self.most, strict=True)]
         self._visible.clear()
-        self._segments = None
+        self._segments.clear()
 
     def release(self, rows: Sequence[int]) -> None:
         """These rows have ended: nothing of them is looked at again."""
@@ -77,7 +77,7 @@ class Fill:
             self.longest[row] = self.most[row] = 0
         self._even = False
         self._visible.clear()
-        self._segments = None
+        self._segments.clear()
 
     def reformed(self, keep: Sequence[int], entering: Fill | None) -> Fill:
         """The rows of `keep`, then those of `entering`."""

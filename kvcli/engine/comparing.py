@@ -20,6 +20,8 @@ from kvcli.models.wrapper import Model
 MOST_BYTES = 512 << 20
 """Full's predictions held at a time; what does not fit is computed again where it is needed."""
 
+_APART = "\0"
+"""Between the parts of a mode: no task's name holds it."""
 Key = tuple[str, str]
 """Mode (`mode_of`) and sample."""
 
@@ -27,7 +29,7 @@ Key = tuple[str, str]
 def mode_of(cell: Cell, first_token: str | None = None) -> str:
     """Cells of one mode are compared with one answer of `full`: task, shots, first-token mode, and how it was drawn."""
     drawn = (cell.seed or 0, cell.draw) if cell.key.get("temperature") else ()
-    return "/".join(map(str, (cell.task, cell.shots, first_token or cell.first_token, *drawn)))
+    return _APART.join(map(str, (cell.task, cell.shots, first_token or cell.first_token, *drawn)))
 
 
 @dataclass
@@ -99,7 +101,7 @@ class Comparer:
 
     def _reference(self, prompts: PromptSet, choice: Choice, key: Key, ready: dict[int, Ready]) -> fidelity.Reference:
         if key not in self._references:
-            mode = key[0].split("/")[2]
+            mode = key[0].split(_APART)[2]
             cell = dataclasses.replace(
                 choice.cell, method="full", ratio="1", budget=None, decode=None, first_token=mode
             )
