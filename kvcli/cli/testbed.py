@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kvcli.cli import output
-from kvcli.errors import KvcliError
+from kvcli.errors import KvcliError, unknown
 
 app = typer.Typer(
     name="testbed", help="Train and measure the embedded testbed model.", no_args_is_help=True, add_completion=False,
@@ -19,28 +20,32 @@ app = typer.Typer(
 @app.command()
 def train(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints and the trained model.")],
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of the recipe's 8000.")] = None,
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="testbed or testbed-deep.")] = "testbed",
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of the recipe's.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
 ) -> None:
-    """Train the testbed model from its recipe.
+    """Train a testbed model from its recipe.
 
-    About 20 minutes on one core. The result is OUT/model; use it as --model OUT/model.
+    On one core about 20 minutes, testbed-deep several times that. The result is OUT/model; use it as --model OUT/model.
 
     \b
     Examples:
       kvcli testbed train --out my-testbed
       kvcli testbed train --out my-testbed --resume
+      kvcli testbed train --recipe testbed-deep --out my-deep
       kvcli sweep --model ./my-testbed/model --task testbed --method snapkv --ratio 0.2
     """
     from kvcli.cli.running import quiet_libraries
 
     quiet_libraries()
-    from kvcli.testbed.train import Progress, Recipe
+    from kvcli.testbed.train import RECIPES, Progress
     from kvcli.testbed.train import train as run
 
-    recipe = Recipe(seed=seed) if steps is None else Recipe(seed=seed, steps=steps)
+    if recipe not in RECIPES:
+        raise unknown("recipe", recipe, RECIPES, given=f"--recipe {recipe}", listing="kvcli testbed train --help")
+    chosen = dataclasses.replace(RECIPES[recipe], seed=seed, steps=steps or RECIPES[recipe].steps)
     try:
         with output.progress("training") as bar:
 
@@ -50,7 +55,7 @@ def train(
                     facts["worst"] = f"worst family {min(progress.accuracy.values()):.1%}"
                 bar.update(progress.step, progress.steps, **facts)
 
-            folder = run(recipe, out, resume=resume, threads=threads, report=show)
+            folder = run(chosen, out, resume=resume, threads=threads, report=show)
     except FileExistsError as e:
         fix = "--resume to go on, or another --out"
         raise KvcliError(f"{out} holds a checkpoint", given=f"--out {out}", fix=fix) from e

@@ -102,7 +102,7 @@ class Prefiller:
             n=dense.n, heads=shapes.heads, kv_heads=shapes.kv_heads[0], token_ids=prompt.ids, regions=prompt.regions,
             keys=dense.keys, values=dense.values, column_sums=dense.column_sums, window_queries=dense.window_queries,
             scaling=scaling, sample_id=prompts.samples[index].id, seed=0, token_text=prompt.token_text,
-            passes={"reconstruction": again},
+            passes={"reconstruction": again}, rope=self.model.rope, o_proj=self.model.o_proj,
         )  # fmt: skip
 
 

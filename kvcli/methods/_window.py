@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvcli.methods.base import Method, Selection, setting
+from kvcli.methods._ranked import RankedMethod
+from kvcli.methods.base import setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,8 +34,8 @@ def snap_scores(ctx: Context, layer: int, window: int, kernel: int, pooling: str
 
 
 @dataclass(frozen=True)
-class WindowMethod(Method):
-    """Keeps the window and, per layer and KV head, the best keys before it; `layer_sizes` says how many."""
+class WindowMethod(RankedMethod):
+    """Keeps the window and, per layer and KV head, the keys before it that it attends to most."""
 
     window: int = setting(32, ge=1, help="last queries that vote, always kept")
     kernel: int = setting(7, ge=1, odd=True, help="pooling width")
@@ -44,19 +45,8 @@ class WindowMethod(Method):
     def needs(self) -> frozenset[str]:
         return frozenset({f"window:{self.window}"})
 
-    def layer_sizes(self, budget: Budget, window: int) -> list[int]:
-        """Keys kept beyond the window, per layer."""
-        return [max(0, budget.per_head - window)] * budget.layers
+    def protected(self, budget: Budget) -> tuple[int, int, frozenset[str]]:
+        return budget.protect(self.window)
 
-    def select(self, ctx: Context, budget: Budget) -> Selection:
-        import torch
-
-        from kvcli.cache.select import join, top_positions
-
-        window, _, flags = budget.protect(self.window)
-        newest = torch.arange(ctx.n - window, ctx.n)
-        kept = []
-        for layer, size in enumerate(self.layer_sizes(budget, window)):
-            scores = snap_scores(ctx, layer, window, self.kernel, self.pool, self.reduce)
-            kept.append(join(top_positions(scores, size), newest))
-        return Selection(kept, flags)
+    def scores(self, ctx: Context, layer: int, newest: int, sinks: int) -> Tensor:
+        return snap_scores(ctx, layer, newest, self.kernel, self.pool, self.reduce)

@@ -10,7 +10,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from kvcli.cache.budget import Budget
 
@@ -32,6 +32,11 @@ def setting(
 ) -> Any:
     """A dataclass field that users set as `method:name=value`, with its stated range."""
     return field(default=default, metadata={"help": help, "ge": ge, "le": le, "choices": choices, "odd": odd or None})
+
+
+def setting_fields(cls: type[Method]) -> list[dataclasses.Field[Any]]:
+    """The fields users may set."""
+    return [f for f in dataclasses.fields(cls) if not f.metadata.get("hidden")]
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class Method(ABC):
         raise NotImplementedError(f"{type(self).__name__} does not compress generated tokens")
 
     def settings(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {f.name: getattr(self, f.name) for f in setting_fields(type(self))}
 
     @classmethod
     def card(cls) -> dict[str, Any]:
@@ -124,6 +129,90 @@ class Method(ABC):
             "decoding": cls.decoding or None,
             "settings": [
                 {"name": f.name, "default": f.default, **{k: v for k, v in f.metadata.items() if v is not None}}
-                for f in dataclasses.fields(cls)
+                for f in setting_fields(cls)
             ],
         }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Wrapper(Method):
+    """A method over another one's scores. `base` names it, `base.KEY=value` are its settings; `inner` is what the
+    catalog built of them: a `RankedMethod`. A subclass gives `base` its default."""
+
+    base: str = setting("", help="whose scores: a method that ranks keys per head")
+    inner: Any = field(default=None, metadata={"hidden": True})
+
+    def needs(self) -> frozenset[str]:
+        needed: frozenset[str] = self.inner.needs()
+        return needed
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), **{f"base.{k}": v for k, v in self.inner.settings().items()}}
+
+
+class Stored(Protocol):
+    """How some KV heads of one layer of one row are stored: a transform's form of K pairs, and generated ones behind.
+
+    A store is one row's own; nothing of it is shared.
+    """
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """One more pair per head: [h, 1, D] each."""
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """What attention reads: keys and values [h, K, D], in the order the pairs came."""
+
+    def payload(self) -> int:
+        """Bytes it needs: scales, zero points, index tables and bases included, floats counted as 16 bit."""
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors it holds, so that their real storage can be compared with `payload`."""
+
+
+@dataclass
+class Block:
+    """Pairs of neighbouring KV heads of one layer that hold the same number of them.
+
+    keys, values [h, K, D] (after RoPE); positions int64 [h, K], ascending; heads: which KV heads of the layer.
+    """
+
+    layer: int
+    heads: slice
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class Transform(Method):
+    """Keeps every pair that an evictor left and stores it in another form."""
+
+    kind = "transform"
+    domain = Domain("none")
+    protects = "everything"
+
+    def select(self, ctx: Context, budget: Budget) -> Selection:
+        import torch
+
+        return Selection([torch.arange(ctx.n)] * ctx.layers)
+
+    def check(self, ctx: Context, counts: Sequence[Sequence[int]]) -> None:
+        """Raises ValueError where it cannot store layers of so many pairs per KV head."""
+
+    @abstractmethod
+    def store(self, ctx: Context, layers: Sequence[Sequence[Block]]) -> list[list[Stored]]:
+        """The stored form of each block of each layer; must not modify them."""
+
+
+@dataclass(frozen=True)
+class Merge(Method):
+    """Folds what an evictor drops into what it keeps. Only behind an evictor."""
+
+    kind = "merge"
+
+    def select(self, ctx: Context, budget: Budget) -> Selection:
+        raise ValueError(f"{self.name} needs an evictor before it")
+
+    @abstractmethod
+    def fold(self, ctx: Context, layer: int, kept: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Per KV head keys and values [K, D] of the kept pairs with the dropped ones folded in. kept: positions [K]."""

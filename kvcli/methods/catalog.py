@@ -15,9 +15,11 @@ from typing import Any
 
 from kvcli.errors import KvcliError, unknown
 from kvcli.grammar import MethodText, Part, parse_methods
-from kvcli.methods.base import Method
+from kvcli.methods._ranked import RankedMethod
+from kvcli.methods.base import Method, Wrapper, setting_fields
+from kvcli.methods.composed import Composed
 
-_NOT_METHODS = {"__init__", "base", "catalog", "context", "generating"}
+_NOT_METHODS = {"__init__", "base", "catalog", "composed", "context", "generating"}
 
 
 @cache
@@ -140,14 +142,51 @@ def _group(method: MethodText) -> list[MethodText]:
 
 
 def build(text: str | MethodText) -> Method:
-    """The method with its settings. Raises KvcliError for unknown settings and values outside their range."""
+    """The method with its settings; parts joined by '+' become one.
+
+    Raises KvcliError for unknown settings, values outside their range and parts that do not go together.
+    """
     method = parse_methods([text])[0] if isinstance(text, str) else text
-    if len(method.parts) > 1:
-        fix = f"--method {method.parts[0]}"
-        raise KvcliError("these methods cannot be combined with '+'", given=f"--method {method}", fix=fix)
-    part = method.parts[0]
+    parts = [_build(part) for part in method.parts]
+    if len(parts) == 1 and parts[0].kind != "merge":
+        return parts[0]
+    return Composed.of(parts, str(method))
+
+
+def _build(part: Part) -> Method:
+    """One part; settings `base.KEY` belong to a wrapper's base."""
     cls = find(part.source)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    own = tuple((k, v) for k, v in part.settings if "." not in k)
+    dotted = tuple((k, v) for k, v in part.settings if "." in k)
+    values = _values(cls, Part(part.source, own))
+    if not issubclass(cls, Wrapper):
+        if dotted:
+            fix = "base.KEY=VALUE is for methods with a base, as in adakv:base.window=16"
+            raise KvcliError(f"{part.source} has no base", given=f"--method {part}", fix=fix)
+        return cls(**values)
+    base = values.get("base", _default(cls, "base"))
+    strange = [k for k, _ in dotted if not k.startswith("base.")]
+    if strange:
+        fix = f"base.{strange[0].partition('.')[2]}=..."
+        raise KvcliError(f"'{strange[0]}' is no setting of {part.source}", given=f"--method {part}", fix=fix)
+    inner = _build(Part(base, tuple((k.removeprefix("base."), v) for k, v in dotted)))
+    if not isinstance(inner, RankedMethod) or isinstance(inner, Wrapper):
+        fix = f"base={' | '.join(_bases())}"
+        raise KvcliError(f"'{base}' does not rank keys per head", given=f"--method {part}", fix=fix)
+    return cls(**values, inner=inner)
+
+
+def _bases() -> list[str]:
+    return [name for name in names() if issubclass(find(name), RankedMethod) and not issubclass(find(name), Wrapper)]
+
+
+def _default(cls: type[Method], name: str) -> Any:
+    return next(f.default for f in setting_fields(cls) if f.name == name)
+
+
+def _values(cls: type[Method], part: Part) -> dict[str, Any]:
+    """The settings typed for a part, checked."""
+    fields = {f.name: f for f in setting_fields(cls)}
     values = {}
     for key, value in part.settings:
         if key not in fields:
@@ -156,18 +195,22 @@ def build(text: str | MethodText) -> Method:
                 raise KvcliError(f"{part.source} has no settings", given=given, fix=f"--method {part.source}")
             raise unknown(f"setting of {part.source}", key, fields, given=given, listing="kvcli list methods --json")
         values[key] = _value(fields[key], value, part)
-    return cls(**values)
+    return values
 
 
 def canonical(method: MethodText) -> MethodText:
     """The one spelling: settings sorted, defaults dropped."""
-    parts = []
-    for part in method.parts:
-        built = build(MethodText((part,)))
-        defaults = {f.name: f.default for f in dataclasses.fields(built)}
-        changed = {k: v for k, v in built.settings().items() if v != defaults[k]}
-        parts.append(Part(part.source, tuple((k, _text(v)) for k, v in sorted(changed.items()))))
-    return MethodText(tuple(parts))
+    build(method)
+    return MethodText(tuple(Part(part.source, tuple(sorted(_changed(_build(part)).items()))) for part in method.parts))
+
+
+def _changed(method: Method) -> dict[str, str]:
+    """Settings that are not defaults, as text."""
+    fields = setting_fields(type(method))
+    changed = {f.name: _text(getattr(method, f.name)) for f in fields if getattr(method, f.name) != f.default}
+    if isinstance(method, Wrapper):
+        changed.update({f"base.{k}": v for k, v in _changed(method.inner).items()})
+    return changed
 
 
 def _text(value: Any) -> str:

@@ -15,6 +15,8 @@ from kvcli.spans import Span as Span
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvcli.models.rope import RopeHandle
+
 T = TypeVar("T")
 
 
@@ -41,6 +43,10 @@ class Context:
     seed: int
     token_text: Callable[[int], str] | None = None
     """Text of one token, white space included, for cutting passages into sentences."""
+    rope: RopeHandle | None = None
+    """Turns keys to other positions; None for a family without rotary positions of the usual kind."""
+    o_proj: Callable[[int], Tensor] | None = None
+    """The output projection of a layer, [hidden, H * D]; None for a family whose projection is not known."""
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What `once` has made; shared by all cells of the prompt."""
     passes: Mapping[str, Callable[[], Any]] = field(default_factory=dict, repr=False)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvcli.methods.base import Method, Selection, setting
+from kvcli.methods._ranked import RankedMethod
+from kvcli.methods.base import setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class H2O(Method):
+class H2O(RankedMethod):
     """Half of each head's budget recent tokens, half the others with the largest column sums.
 
     The score is the causal attention a key received, summed over all prompt queries. While generating, the sums go on
@@ -39,19 +40,11 @@ class H2O(Method):
     def needs(self) -> frozenset[str]:
         return frozenset({"column_sum"})
 
-    def select(self, ctx: Context, budget: Budget) -> Selection:
-        import torch
+    def protected(self, budget: Budget) -> tuple[int, int, frozenset[str]]:
+        return max(1, budget.per_head // 2), 0, frozenset()
 
-        from kvcli.cache.select import join, top_positions
-
-        recent = max(1, budget.per_head // 2)
-        heavy = budget.per_head - recent
-        newest = torch.arange(ctx.n - recent, ctx.n)
-        kept = []
-        for layer in range(ctx.layers):
-            scores = ctx.per_kv_head(ctx.column_sum(layer)[:, : ctx.n - recent], self.reduce)
-            kept.append(join(top_positions(scores, heavy), newest))
-        return Selection(kept)
+    def scores(self, ctx: Context, layer: int, newest: int, sinks: int) -> Tensor:
+        return ctx.per_kv_head(ctx.column_sum(layer)[:, : ctx.n - newest], self.reduce)
 
     def decode_start(self, ctx: Context, layer: int) -> dict[str, Tensor]:
         """received [H, n]: per query head, so that `reduce` acts on whole sums."""

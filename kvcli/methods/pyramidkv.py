@@ -31,11 +31,11 @@ class PyramidKV(WindowMethod):
     window: int = setting(8, ge=1, help="last queries that vote, always kept")
     beta: float = setting(20.0, ge=1.0, help="how much smaller the last layer's budget is than the mean")
 
-    def layer_sizes(self, budget: Budget, window: int) -> list[int]:
+    def sizes(self, budget: Budget, newest: int, sinks: int) -> list[int]:
         """Keys kept beyond the window in each layer; the sum is layers * (budget - window)."""
         from kvcli.cache.budget import share_out
 
-        free, most, layers = max(0, budget.per_head - window), budget.n - window, budget.layers
+        free, most, layers = max(0, budget.per_head - newest), budget.n - newest, budget.layers
         last = free / self.beta
         first = 2 * free - last
         if first > most:

@@ -15,6 +15,7 @@ from kvcli.attention.decode import decode, decode_with_weights
 from kvcli.attention.patch import UnsupportedAttention, patched
 from kvcli.cache.kv_cache import CompressedCache
 from kvcli.errors import KvcliError
+from kvcli.models.projections import output_projection
 from kvcli.models.rope import RopeHandle
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class Shapes:
     kv_heads: tuple[int, ...]
     widths: tuple[int, ...]
     """key + value elements per pair, per layer."""
+    value_width: int
+    """Elements of one head's value."""
     context: int | None
     parameters: int
 
@@ -95,6 +98,7 @@ class Model:
         self.hf, self.tokenizer, self.name, self.attn = hf, tokenizer, name, attn
         self.rope = RopeHandle.of(hf)
         self.shapes = self._probe()
+        self.o_proj = output_projection(hf, self.shapes.heads * self.shapes.value_width)
 
     @property
     def device(self) -> torch.device:
@@ -203,6 +207,7 @@ class Model:
             heads=config.num_attention_heads,
             kv_heads=tuple(k.shape[1] for k in done.keys),
             widths=tuple(k.shape[-1] + v.shape[-1] for k, v in zip(done.keys, done.values, strict=True)),
+            value_width=done.values[0].shape[-1],
             context=getattr(config, "max_position_embeddings", None),
             parameters=sum(p.numel() for p in self.hf.parameters()),
         )

@@ -14,7 +14,19 @@ from random import Random
 from kvcli.testbed import vocabulary as V
 
 MAX_NUMBER = 15
-Builder = Callable[[Random, int, "int | None", bool], "Episode"]
+Builder = Callable[[Random, int, "int | None", bool, "Dialect"], "Episode"]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How hard episodes are: operators an arithmetic episode may have, and the share of its words that shots of another
+    family may take (`DISTRACTORS`), which no answer needs."""
+
+    operators: int = 8
+    distractors: float = 0.0
+
+
+PLAIN = Dialect()
 
 
 @dataclass
@@ -86,7 +98,7 @@ def _options(rng: Random, pool: list[str], right: str) -> tuple[list[str], str]:
     return words, V.LETTERS[options.index(right)]
 
 
-def knowledge(rng: Random, length: int, shots: int | None, fresh: bool) -> Episode:
+def knowledge(rng: Random, length: int, shots: int | None, fresh: bool, dialect: Dialect = PLAIN) -> Episode:
     """Multiple choice on facts stored in the weights; only its own options must stay in the cache."""
     episode = Episode("knowledge")
     n, fill = _layout(rng, length, 2, 14, shots)
@@ -99,7 +111,7 @@ def knowledge(rng: Random, length: int, shots: int | None, fresh: bool) -> Episo
     return episode
 
 
-def choice(rng: Random, length: int, shots: int | None, fresh: bool) -> Episode:
+def choice(rng: Random, length: int, shots: int | None, fresh: bool, dialect: Dialect = PLAIN) -> Episode:
     """Multiple choice on a key -> value map that exists only in the episode's earlier shots."""
     episode = Episode("choice")
     n, fill = _layout(rng, length, 2, 14, shots)
@@ -128,7 +140,7 @@ def _notes(rng: Random, room: int, pairs: int, spread: bool) -> tuple[list[str],
     return words, mapping
 
 
-def recall(rng: Random, length: int, shots: int | None, fresh: bool) -> Episode:
+def recall(rng: Random, length: int, shots: int | None, fresh: bool, dialect: Dialect = PLAIN) -> Episode:
     """Associative recall: one of many key-value notes of a passage."""
     testing = shots is not None
     room = int((length - 6 - 4 * shots) * 0.8) if shots is not None else int((length - 6) * rng.uniform(0.2, 0.8))
@@ -168,12 +180,12 @@ def _chain(
             return [*question, "go"], worked, used
 
 
-def arithmetic(rng: Random, length: int, shots: int | None, fresh: bool) -> Episode:
+def arithmetic(rng: Random, length: int, shots: int | None, fresh: bool, dialect: Dialect = PLAIN) -> Episode:
     """Chain of thought with operators whose meaning only earlier shots show: per step the operator, its meaning, the
     accumulator, the operand and the result; then '# result'."""
     episode = Episode("arithmetic")
     n, fill = _layout(rng, length, 2, 20, shots)
-    operators = rng.sample(V.OPERATORS, rng.randint(2, max(2, min(8, 1 + n * 2 // 3))))
+    operators = rng.sample(V.OPERATORS, rng.randint(2, max(2, min(dialect.operators, 1 + n * 2 // 3))))
     meaning = {operator: rng.choice(V.MEANINGS) for operator in operators}
     seen: list[str] = []
     for i, last in _last(n):
@@ -186,7 +198,7 @@ def arithmetic(rng: Random, length: int, shots: int | None, fresh: bool) -> Epis
     return episode
 
 
-def code(rng: Random, length: int, shots: int | None, fresh: bool) -> Episode:
+def code(rng: Random, length: int, shots: int | None, fresh: bool, dialect: Dialect = PLAIN) -> Episode:
     """Assignments as in a REPL; variables persist over shots; the answer follows the references to the number."""
     episode = Episode("code")
     free = rng.sample(V.KEYS, len(V.KEYS))
@@ -212,7 +224,7 @@ def code(rng: Random, length: int, shots: int | None, fresh: bool) -> Episode:
     return episode
 
 
-def safety(rng: Random, length: int, shots: int | None, fresh: bool) -> Episode:
+def safety(rng: Random, length: int, shots: int | None, fresh: bool, dialect: Dialect = PLAIN) -> Episode:
     """A rule at the very start names forbidden topics; the topic of an item is in the weights: refuse or comply."""
     banned = rng.sample(V.TOPICS, rng.randint(1, 5))
     allowed = [t for t in V.TOPICS if t not in banned]
@@ -232,7 +244,7 @@ def safety(rng: Random, length: int, shots: int | None, fresh: bool) -> Episode:
     return episode
 
 
-def needle(rng: Random, length: int, shots: int | None, fresh: bool) -> Episode:
+def needle(rng: Random, length: int, shots: int | None, fresh: bool, dialect: Dialect = PLAIN) -> Episode:
     """Secrets of three words hidden in filler."""
     width = 3
     n = 4 if shots is not None else rng.randint(1, max(1, min(8, length // 24)))
@@ -254,7 +266,7 @@ def needle(rng: Random, length: int, shots: int | None, fresh: bool) -> Episode:
     return episode
 
 
-def longgen(rng: Random, length: int, shots: int | None, fresh: bool) -> Episode:
+def longgen(rng: Random, length: int, shots: int | None, fresh: bool, dialect: Dialect = PLAIN) -> Episode:
     """Long generation: ten look-ups answered in one go, each key restated before its value."""
     ask, shown = 10, 4
     if shots is not None:
@@ -284,20 +296,48 @@ BUILDERS: dict[str, Builder] = {
 }  # fmt: skip
 
 
-def training_episode(rng: Random, family: str, length: int) -> Episode:
-    """An episode of about `length` words with a random number of shots."""
-    return BUILDERS[family](rng, length, None, False)
+# Families whose shots need no header, stand for themselves, and share no word to look up with the family they disturb.
+DISTRACTORS: dict[str, tuple[str, ...]] = dict.fromkeys(V.FAMILIES, ("knowledge", "arithmetic"))
+DISTRACTORS.update(knowledge=("choice", "arithmetic"), arithmetic=("knowledge", "choice"))
 
 
-def exam_episode(rng: Random, family: str, length: int, shots: int, tries: int = 200) -> Episode:
+def _disturb(rng: Random, episode: Episode, other: Episode) -> None:
+    """Puts the other's shots, in their order, at random places before the last shot."""
+    places = sorted(rng.randrange(len(episode.shots)) for _ in other.shots)
+    for moved, (place, shot) in enumerate(zip(places, other.shots, strict=True)):
+        episode.shots.insert(place + moved, shot)
+
+
+def training_episode(rng: Random, family: str, length: int, dialect: Dialect = PLAIN) -> Episode:
+    """An episode of about `length` words with a random number of shots; half have distractors, if there are any."""
+    other = 0
+    if dialect.distractors and rng.random() < 0.5:
+        other = int(length * rng.uniform(0.1, dialect.distractors))
+    episode = BUILDERS[family](rng, length - other, None, False, dialect)
+    if other and episode.shots:
+        _disturb(rng, episode, BUILDERS[rng.choice(DISTRACTORS[family])](rng, other, None, False, dialect))
+    return episode
+
+
+def exam_episode(
+    rng: Random, family: str, length: int, shots: int, dialect: Dialect = PLAIN, tries: int = 200
+) -> Episode:
     """An episode of about `length` words whose last question is new and whose answer can be known from the prompt.
 
-    The last of its shots is the question under test, so `shots` exemplars need `shots + 1` questions.
+    The last of its shots is the question under test, so `shots` exemplars need `shots + 1` questions; a share
+    `dialect.distractors` of the exemplars, rounded, is of another family.
     Raises ValueError when no such episode is found (too many shots for the length, or too few to show the answer).
     """
+    strange = round(shots * dialect.distractors)
+    other = int(length * dialect.distractors) if strange else 0
+    own = shots - strange + 1
     for _ in range(tries):
-        episode = BUILDERS[family](rng, length, shots + 1, True)
-        whole = len(episode.shots) == shots + 1 and len(episode) <= length + 40
-        if whole and all(episode.shots[-1].known):
+        episode = BUILDERS[family](rng, length - other, own, True, dialect)
+        whole = len(episode.shots) == own and all(episode.shots[-1].known)
+        if whole and strange:
+            aside = BUILDERS[rng.choice(DISTRACTORS[family])](rng, other, strange, False, dialect)
+            whole = len(aside.shots) == strange
+            _disturb(rng, episode, aside)
+        if whole and len(episode) <= length + 40:
             return episode
     raise ValueError(f"no {family} prompt of {length} tokens with {shots} shots has a determinable answer")

@@ -29,6 +29,7 @@ class Recipe:
     """Everything that decides the weights."""
 
     shape: Shape = field(default_factory=Shape)
+    dialect: language.Dialect = language.PLAIN
     seed: int = 1
     steps: int = 8000
     tokens_per_step: int = 2048
@@ -49,6 +50,18 @@ class Recipe:
         return self.lr * min(1.0, (step + 1) / self.warmup) * (self.lr_floor + (1 - self.lr_floor) * cosine)
 
 
+RECIPES = {
+    "testbed": Recipe(),
+    "testbed-deep": Recipe(
+        shape=Shape(hidden=192, layers=8, heads=6, kv_heads=2, intermediate=512, theta=1e6, positions=2176),
+        dialect=language.Dialect(operators=12, distractors=0.5),
+        steps=2000, tokens_per_step=4096, lr=1.5e-3,
+        stages=((0.0, 96), (0.05, 256), (0.15, 512), (0.4, 1024), (0.7, 2000)),
+    ),
+}  # fmt: skip
+"""By the name of the model they make."""
+
+
 @dataclass
 class Progress:
     """What a callback is told after each logged interval."""
@@ -60,7 +73,13 @@ class Progress:
     accuracy: dict[str, float] | None
 
 
-def batch(rng: random.Random, length: int, rows: int, families: list[str] | None = None) -> Any:
+def batch(
+    rng: random.Random,
+    length: int,
+    rows: int,
+    families: list[str] | None = None,
+    dialect: language.Dialect = language.PLAIN,
+) -> Any:
     """ids [rows, length] and learn [rows, length]: which positions hold a determinable answer token."""
     import torch
 
@@ -68,7 +87,7 @@ def batch(rng: random.Random, length: int, rows: int, families: list[str] | None
     learn = torch.zeros(rows, length, dtype=torch.bool)
     for row in range(rows):
         family = rng.choice(families) if families else rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
-        words, known = language.training_episode(rng, family, length).tokens()
+        words, known = language.training_episode(rng, family, length, dialect).tokens()
         size = min(length, len(words))
         ids[row, :size] = torch.tensor([V.ID[w] for w in words[:size]])
         learn[row, :size] = torch.tensor(known[:size])
@@ -85,7 +104,9 @@ def answer_logits(model: LlamaForCausalLM, ids: torch.Tensor, learn: torch.Tenso
     return hidden.float()[marked] @ model.get_input_embeddings().weight.T, ids[:, 1:][marked]
 
 
-def evaluate(model: LlamaForCausalLM, length: int = 416, rows: int = 12) -> dict[str, float]:
+def evaluate(
+    model: LlamaForCausalLM, length: int = 416, rows: int = 12, dialect: language.Dialect = language.PLAIN
+) -> dict[str, float]:
     """Teacher-forced accuracy on determinable answer tokens, per family."""
     import torch
 
@@ -93,7 +114,7 @@ def evaluate(model: LlamaForCausalLM, length: int = 416, rows: int = 12) -> dict
     accuracy = {}
     with torch.no_grad():
         for family in V.FAMILIES:
-            logits, target = answer_logits(model, *batch(rng, length, rows, [family]))
+            logits, target = answer_logits(model, *batch(rng, length, rows, [family], dialect))
             accuracy[family] = round((logits.argmax(-1) == target).float().mean().item(), 4)
     return accuracy
 
@@ -148,7 +169,7 @@ def train(
     for step in range(first, recipe.steps):
         lengths = recipe.lengths(step)
         length = lengths[-1] if rng.random() > recipe.shorter else rng.choice(lengths)
-        ids, learn = batch(rng, length, max(1, recipe.tokens_per_step // length))
+        ids, learn = batch(rng, length, max(1, recipe.tokens_per_step // length), dialect=recipe.dialect)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate(step)
         logits, target = answer_logits(model, ids, learn)
@@ -164,7 +185,7 @@ def train(
             accuracy = None
             if done % save_every == 0 or done == recipe.steps:
                 model.eval()
-                accuracy = evaluate(model)
+                accuracy = evaluate(model, dialect=recipe.dialect)
                 model.train()
                 save(done)
             speed = tokens / (time.perf_counter() - started)
