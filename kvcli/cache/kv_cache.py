@@ -86,13 +86,17 @@ class CompressedCache(Cache):
         """room: new tokens that will fit, for all rows or per row. memory: reused by one cache after the other; a cache
         is valid until the next one is made on it."""
         self.memory = memory or Workspace()
-        layers = []
         rooms = [room] * len(rows) if isinstance(room, int) else list(room)
-        for layer, fill in enumerate(self.filled(rows, rooms)):
+        super().__init__(layers=self.built(rows, self.filled(rows, rooms)))
+
+    def built(self, rows: Sequence[Row], slots: Sequence[Slots]) -> list[KeptLayer]:
+        """The layers of new rows."""
+        layers = []
+        for layer, fill in enumerate(slots):
             keys, values = self._tensors(layer, rows[0], len(rows), fill.slots)
             _write(keys, values, layer, rows)
             layers.append(KeptLayer(keys, values, fill))
-        super().__init__(layers=layers)
+        return layers
 
     def filled(self, rows: Sequence[Row], rooms: Sequence[int]) -> Sequence[Slots]:
         """Per layer how full the new rows are; layers of equal lengths share one."""
@@ -137,8 +141,8 @@ class CompressedCache(Cache):
         for slots in {id(layer.slots): layer.slots for layer in self.layers}.values():
             slots.release(rows)
 
-    def held(self, row: int) -> int | None:
-        """KV pairs the row holds over all layers and heads, where some of them left while generating; else None."""
+    def payload(self, row: int) -> int | None:
+        """16-bit bytes of what the row holds; None where that is its prompt's part and every generated pair."""
         return None
 
     @torch.inference_mode()

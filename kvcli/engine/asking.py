@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kvcli.cache.budget import Budget
-from kvcli.cache.rows import Row
+from kvcli.cache.rows import Kept, Row, head_positions
+from kvcli.cache.stored import Layers, StoredRow
 from kvcli.engine.generate import Ask, Start, StopRules, end_tokens
 from kvcli.engine.plan import Cell, ratio_of
 from kvcli.engine.pool import Cap, PoolRow
@@ -21,7 +22,8 @@ from kvcli.engine.prepare import PromptSet
 from kvcli.engine.sampling import Sampler
 from kvcli.engine.selecting import checked, guarded, select
 from kvcli.errors import KvcliError
-from kvcli.methods.base import Method, Selection
+from kvcli.methods.base import Block, Merge, Method, Selection, Transform
+from kvcli.methods.composed import merge_of, transform_of
 from kvcli.methods.context import Context
 from kvcli.models.pruned_prefill import pruned_prefill
 from kvcli.models.wrapper import Model
@@ -54,6 +56,8 @@ class Choice:
     context: Context
     selection: Selection
     seconds: float
+    payload: int | None = None
+    """Bytes of the prompt's kept pairs, the last one's included, where a transform stores them."""
     logits: Tensor | None = None
     """[V] behind the prompt, where they come from a prefill of the method's own."""
 
@@ -78,7 +82,8 @@ class Asker:
             selection, logits = select(method, ctx, budget), ready.logits
             row = self._row(cell, method, ctx, selection, budget)
         own = logits if method.kind == "in-prefill" else None
-        choice = Choice(sample, cell, ctx, selection, time.perf_counter() - started, own)
+        payload = self._payload(method, ctx, selection)
+        choice = Choice(sample, cell, ctx, selection, time.perf_counter() - started, payload, own)
         sampler = self._sampler(cell, ctx)
         return Ask(row, self._start(choice, logits, sampler), self._rules(prompts), sampler, choice)
 
@@ -98,15 +103,31 @@ class Asker:
 
     def _row(self, cell: Cell, method: Method, ctx: Context, selection: Selection, budget: Budget) -> Row:
         """The row's kept pairs; in the compressed mode the last prompt token leaves and is fed again."""
+        merge, transform = merge_of(method), transform_of(method)
         kept = selection.kept
+        keys, values, chosen = ctx.keys, ctx.values, kept
+        if merge is not None:
+            keys, values, chosen = _merged(merge, ctx, kept)
         if cell.first_token == "compressed":
-            kept = [[p[:-1] for p in layer] if isinstance(layer, list) else layer[..., :-1] for layer in kept]
+            kept, chosen = _without_last(kept), _without_last(chosen)
+        if transform is not None:
+            row = Row(keys, values, chosen)
+            return StoredRow(keys, values, chosen, None, lambda: stored_layers(transform, ctx, row, kept))
         if cell.decode is None:
-            return Row(ctx.keys, ctx.values, kept, self._rotate(cell, selection))
+            return Row(keys, values, chosen, self._rotate(cell, selection))
         with guarded(method):
             state = [method.decode_start(ctx, layer) for layer in range(ctx.layers)]
         cap = Cap.of(cell.decode, budget, method)
-        return PoolRow(ctx.keys, ctx.values, kept, None, ctx.n, cap, state, cell.decode["interval"])
+        return PoolRow(keys, values, chosen, None, ctx.n, cap, state, cell.decode["interval"])
+
+    def _payload(self, method: Method, ctx: Context, selection: Selection) -> int | None:
+        """What a transform makes of all kept pairs of the prompt; their number alone counts, merged or not."""
+        transform = transform_of(method)
+        if transform is None:
+            return None
+        row = Row(ctx.keys, ctx.values, selection.kept)
+        layers = stored_layers(transform, ctx, row, selection.kept)
+        return sum(store.payload() for blocks in layers for _, store in blocks)
 
     def _rotate(self, cell: Cell, selection: Selection) -> Any:
         if not selection.rerotate:
@@ -134,3 +155,47 @@ class Asker:
         if self.options.ignore_eos:
             return StopRules(length)
         return StopRules(length, end_tokens(self.model), prompts.task.until)
+
+
+def _without_last(kept: Kept) -> Kept:
+    return [[p[:-1] for p in layer] if isinstance(layer, list) else layer[..., :-1] for layer in kept]
+
+
+def _merged(merge: Merge, ctx: Context, kept: Kept) -> tuple[list[Tensor], list[Tensor], Kept]:
+    """Keys and values [H_kv, K, D] of the kept pairs with the dropped ones folded in, and where they stand in these."""
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    chosen: list[Tensor | list[Tensor]] = []
+    for layer, form in enumerate(kept):
+        heads = head_positions(form, ctx.kv_heads)
+        with guarded(merge):
+            folded = merge.fold(ctx, layer, heads)
+        most = max(map(len, heads))
+        for made, source, which in ((keys, ctx.keys, 0), (values, ctx.values, 1)):
+            whole = source[layer].new_zeros(ctx.kv_heads, most, source[layer].shape[-1])
+            for head, pair in enumerate(folded):
+                whole[head, : len(heads[head])] = pair[which]
+            made.append(whole)
+        even = len({len(p) for p in heads}) == 1
+        chosen.append(torch.arange(most) if even else [torch.arange(len(p)) for p in heads])
+    return keys, values, chosen
+
+
+def stored_layers(transform: Transform, ctx: Context, row: Row, kept: Kept) -> Layers:
+    """What a transform makes of a row's pairs. kept: their true positions."""
+    blocks = []
+    for layer, (form, true) in enumerate(zip(row.kept, kept, strict=True)):
+        keys, values = row.keys[layer], row.values[layer]
+        if isinstance(form, list):
+            heads = enumerate(zip(form, head_positions(true, ctx.kv_heads), strict=True))
+            blocks.append([
+                Block(layer, slice(h, h + 1), keys[h : h + 1, p], values[h : h + 1, p], t[None]) for h, (p, t) in heads
+            ])  # fmt: skip
+            continue
+        index = form if form.dim() == 2 else form.expand(ctx.kv_heads, -1)
+        place = torch.stack(head_positions(true, ctx.kv_heads))
+        picked = [x.gather(1, index.to(x.device)[..., None].expand(-1, -1, x.shape[-1])) for x in (keys, values)]
+        blocks.append([Block(layer, slice(0, ctx.kv_heads), picked[0], picked[1], place)])
+    with guarded(transform):
+        stores = transform.store(ctx, blocks)
+    return [[(b.heads, s) for b, s in zip(*pair, strict=True)] for pair in zip(blocks, stores, strict=True)]

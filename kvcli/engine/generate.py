@@ -48,8 +48,8 @@ class Generated:
     text: str = ""
     alloc: int = 0
     """Bytes of the batch's padded cache per row when the row entered."""
-    held: int | None = None
-    """KV pairs of all layers and heads at the end; None where every generated token's pair was kept."""
+    payload: int | None = None
+    """16-bit bytes of the row's pairs at its end; None where every generated token's pair was kept as it is."""
 
 
 class Choose(Protocol):
@@ -236,7 +236,7 @@ class _Batch:
             assert self.cache is not None
             self.live = [r for r in self.live if not self.outputs[r].finish]
             for r in gone:
-                self.outputs[r].held = self.cache.held(r)
+                self.outputs[r].payload = self.cache.payload(r)
                 self.done.append((self.asks[r], self.outputs[r]))
             self.cache.release(gone)
 

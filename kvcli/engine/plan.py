@@ -14,6 +14,7 @@ from kvcli.evals.spec import Task
 from kvcli.grammar import MethodText, parse_methods
 from kvcli.methods import catalog
 from kvcli.methods.base import Method
+from kvcli.methods.composed import transform_of
 
 MAX_DECODE_ROWS = 256
 
@@ -35,11 +36,16 @@ class Cell:
     """How generated tokens are compressed: ratio, budget or cap, and interval; None: they are all kept."""
     draw: int = 0
     """Which of several sampled answers this is."""
+    transformed: bool = False
+    """Whether its pairs are stored in another form."""
 
     @property
     def storage(self) -> str:
-        """Rows of one kind share a decode batch: caches that only grow, or those of one method that evicts on."""
-        return self.method if self.decode else ""
+        """Rows of one kind share a decode batch: caches that only grow, those stored in other forms, or those of one
+        method that evicts on."""
+        if self.decode:
+            return self.method
+        return "stored" if self.transformed else ""
 
     @property
     def prompt_key(self) -> tuple[str, int]:
@@ -193,7 +199,7 @@ def _method_cells(
                         "ignore_eos": config.ignore_eos,
                     }  # fmt: skip
                     yield Cell(stable_hash(key), task.name, shots, str(text), ratio, budget, first_token, seed, key,
-                               decode, draw)  # fmt: skip
+                               decode, draw, transform_of(method) is not None)  # fmt: skip
 
 
 def decode_settings(config: SweepConfig, method: Method, ratio: str | None) -> list[dict[str, Any] | None]:

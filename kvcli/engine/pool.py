@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvcli.cache.budget import Budget
 from kvcli.cache.kv_cache import CompressedCache
-from kvcli.cache.rows import Row, head_positions
+from kvcli.cache.rows import STORED_BYTES, Row, head_positions
 from kvcli.cache.workspace import Workspace
 from kvcli.grammar import round_half_up
 from kvcli.methods.base import Method
@@ -111,8 +111,13 @@ class PoolCache(CompressedCache):
             over = (view.competing.sum(-1) - view.cap[:, :, 0]).clamp_min(0) * pool.clock.due
             pool.free(lowest(self.method.decode_rank(view), view.position, view.competing, over))
 
-    def held(self, row: int) -> int:
-        return sum(int((layer.slots.position[row] >= 0).sum()) for layer in self.layers)
+    def payload(self, row: int) -> int:
+        return sum(
+            int((layer.slots.position[row] >= 0).sum())
+            * (layer._keys.shape[-1] + layer._values.shape[-1])
+            * STORED_BYTES
+            for layer in self.layers
+        )
 
 
 def lowest(rank: Tensor, position: Tensor, competing: Tensor, count: Tensor) -> Tensor:

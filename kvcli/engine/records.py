@@ -47,18 +47,19 @@ def error_record(
 def ok_record(
     *, cell: Cell, prompts: PromptSet, sample: Sample, prompt: Prompt, method: Method, selection: Selection,
     output: Generated, full: list[int] | None, distance: Distance | None, dims: Sequence[tuple[int, int]], n: int,
-    seconds: dict[str, Any], batch: str,
+    seconds: dict[str, Any], batch: str, payload: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """A finished sample. full: output ids of `full` in the same first-token mode, for the first divergence."""
+    """A finished sample. full: output ids of `full` in the same first-token mode, for the first divergence. payload:
+    bytes of the prompt's kept pairs, where a transform stores them."""
     record = _base(cell, prompts, sample, method, batch)
     kv_heads = dims[0][0]
     counts = [count for layer in kept_counts(selection.kept, kv_heads) for count in layer]
     dense = n * sum(heads * width for heads, width in dims) * STORED_BYTES
-    kept = payload_bytes(selection.kept, dims)
+    kept = payload_bytes(selection.kept, dims) if payload is None else payload
     end = kept + max(0, len(output.ids) - 1) * (dense // n)
     flags = set(selection.flags)
-    if output.held is not None:
-        everything, end = end, output.held * (dense // n // sum(heads for heads, _ in dims))
+    if output.payload is not None:
+        everything, end = end, output.payload
         if end < everything:
             flags.discard("noop")  # nothing of the prompt was evicted at first, but something was while generating
     upto = [0.0, *kept_share(selection.kept, kv_heads, n).cumsum(0).tolist()]

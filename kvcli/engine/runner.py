@@ -14,6 +14,7 @@ import torch
 
 from kvcli.attention.patch import Idle, patched
 from kvcli.cache.kv_cache import CompressedCache
+from kvcli.cache.stored import StoredCache
 from kvcli.cache.workspace import Workspace
 from kvcli.engine.asking import Asker, Choice
 from kvcli.engine.asking import Options as Options
@@ -258,8 +259,8 @@ class _Decoding:
 
     def _build(self) -> Build:
         cell = self.decode.rows[0][1]
-        if not cell.storage:
-            return CompressedCache
+        if cell.decode is None:
+            return StoredCache if cell.transformed else CompressedCache
         return partial(PoolCache, self.runner._method(cell), self.runner.model.shapes.heads)
 
     def _failed(self, sample: int, cell: Cell, error: BaseException) -> None:
@@ -322,6 +323,7 @@ class _Decoding:
                 cell=cell, prompts=self.prompts, sample=sample, prompt=prompt, method=runner._method(cell),
                 selection=choice.selection, output=output, full=runner.comparer.answer(choice), distance=distance,
                 dims=runner.model.shapes.dims, n=choice.context.n, seconds=times, batch=self.decode.id,
+                payload=choice.payload,
             )  # fmt: skip
         except Exception as error:  # a task's or a plugin's fault: that sample's result
             self._failed(choice.sample, cell, error)

@@ -41,6 +41,9 @@ class Composed(Method):
         if evictor.kind != "evict":
             what = f"{evictor.name} ({evictor.kind}) stands alone: it is not an evictor"
             raise KvcliError(what, given=given, fix=ORDER)
+        if getattr(evictor, "rerotate", False):
+            what = "pairs that moved to other positions are neither merged nor stored in another form"
+            raise KvcliError(what, given=given, fix="rerotate=false")
         if evictor.domain.points == (1.0,):
             raise KvcliError(f"{evictor.name} evicts nothing", given=given, fix="+".join(p.name for p in rest))
         return cls(evictor, by_kind.get("merge"), by_kind.get("transform"))  # type: ignore[arg-type]
