@@ -18,15 +18,22 @@ from kvcli.testbed import vocabulary as V
 
 @dataclass(frozen=True, kw_only=True)
 class Exam(Task):
-    """`size` episodes of one family with prompts of about `prompt_tokens` tokens."""
+    """`size` episodes of one family with prompts of about `prompt_tokens` tokens.
+
+    operators: how many an arithmetic episode may have; distractors: the share of exemplars that are of other families.
+    """
 
     family: Literal["knowledge", "choice", "recall", "arithmetic", "code", "safety", "needle", "longgen"]
     prompt_tokens: int = 448
     size: int = 400
+    operators: int = language.PLAIN.operators
+    distractors: float = language.PLAIN.distractors
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 16 or self.size < 1:
             raise ValueError("'prompt_tokens' must be at least 16 and 'size' at least 1")
+        if not 2 <= self.operators <= len(V.OPERATORS) or not 0 <= self.distractors < 1:
+            raise ValueError(f"'operators' lies in 2..{len(V.OPERATORS)}, 'distractors' in 0..1 (1 excluded)")
 
     def samples(self, *, shots: int, shot_seed: int, limit: int | None, data_dir: str | None) -> list[Sample]:
         """Needs no data; the random numbers are never those of training, whose seeds are numbers."""
@@ -41,8 +48,9 @@ class Exam(Task):
 
     def _sample(self, index: int, shots: int, shot_seed: int) -> Sample:
         seed = f"testbed-exam:{self.family}:{self.prompt_tokens}:{shots}:{shot_seed}:{index}"
+        dialect = language.Dialect(self.operators, self.distractors)
         try:
-            episode = language.exam_episode(random.Random(seed), self.family, self.prompt_tokens, shots)
+            episode = language.exam_episode(random.Random(seed), self.family, self.prompt_tokens, shots, dialect)
         except (ValueError, IndexError) as e:
             fix = f"--shots {self.shots}, or a copy of {self.source} with its own name and another prompt_tokens"
             raise KvcliError(f"{self.name}: {e}", given=f"--shots {shots}", fix=fix) from e

@@ -66,8 +66,8 @@ def tasks() -> list[Row]:
 def models() -> list[Row]:
     from kvcli.models import aliases
 
-    testbed = [{"name": "testbed", "hub_id": None}]
-    return testbed + [{"name": name, "hub_id": hub} for name, hub in aliases.ALIASES.items() if name != "testbed"]
+    shipped = [{"name": name, "hub_id": None} for name in aliases.TESTBEDS]
+    return shipped + [{"name": name, "hub_id": hub} for name, hub in aliases.ALIASES.items()]
 
 
 def runs(folder: Path) -> list[Row]:

@@ -70,6 +70,9 @@ def accuracy(
     model: Annotated[str, typer.Option("--model", "-m", help="testbed, or ./FOLDER of another one.")] = "testbed",
     samples: Annotated[int, typer.Option("--limit", "-n", min=1, help="Prompts per family and length.")] = 200,
     lengths: Annotated[str, typer.Option("--lengths", help="Prompt lengths in tokens.")] = "160,448,768,960",
+    suite: Annotated[
+        str, typer.Option("--suite", help="testbed, or testbed_deep: examples of other families among the shots.")
+    ] = "testbed",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Measure full-cache accuracy per family and prompt length.
@@ -80,6 +83,7 @@ def accuracy(
     Examples:
       kvcli testbed accuracy
       kvcli testbed accuracy --model ./my-testbed/model --limit 50
+      kvcli testbed accuracy --model testbed-deep --suite testbed_deep --lengths 448,1024,1800
     """
     from kvcli.cli.options import integers
     from kvcli.cli.running import quiet_libraries
@@ -90,7 +94,7 @@ def accuracy(
     sizes = integers("--lengths", lengths) or ()
     total = len(sizes)
     with output.progress("accuracy") as bar:
-        rows = measure(model, samples, sizes, lambda done, label: bar.update(done, total * 8, cell=label))
+        rows = measure(model, samples, sizes, lambda done, label: bar.update(done, total * 8, cell=label), suite)
     if json:
         output.json_result(rows)
         return

@@ -27,7 +27,11 @@ SHORT, FEW = 300, 4
 
 
 def measure(
-    name: str, samples: int, lengths: Sequence[int], tell: Callable[[int, str], None] = lambda done, label: None
+    name: str,
+    samples: int,
+    lengths: Sequence[int],
+    tell: Callable[[int, str], None] = lambda done, label: None,
+    suite: str = "testbed",
 ) -> list[dict[str, Any]]:
     """One row per length: {length, longest, samples, accuracy: {family: share of exact answers}}."""
     source = parse_model(name)
@@ -43,10 +47,10 @@ def measure(
     done = 0
     for length in lengths:
         row: dict[str, Any] = {"length": length, "longest": 0, "samples": samples, "accuracy": {}}
-        for task in find_tasks(["testbed"]):
+        for task in find_tasks([suite]):
             exam = dataclasses.replace(task, prompt_tokens=length, size=samples)  # type: ignore[call-arg]
             share, longest = _accuracy(model, exam, min(task.shots, FEW) if length < SHORT else task.shots)
-            row["accuracy"][task.name.removeprefix("tb_")] = share
+            row["accuracy"][task.name.partition("_")[2]] = share
             row["longest"] = max(row["longest"], longest)
             done += 1
             tell(done, f"{task.name} at {length}")

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 TESTBED = "testbed"
 
+TESTBEDS: dict[str, tuple[str, str]] = {
+    TESTBED: ("weights", "testbed"),
+    "testbed-seed2": ("weights-seed2", "testbed"),
+    "testbed-deep": ("weights-deep", "testbed_deep"),
+}
+"""Models that come with kvcli: their folder in kvcli/testbed, and the suite of tasks that they can answer."""
+
 ALIASES: dict[str, str] = {
     "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
     "llama3-8b-base": "meta-llama/Meta-Llama-3-8B",

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from kvcli.errors import KvcliError, unknown
-from kvcli.models.aliases import ALIASES, TESTBED
+from kvcli.models.aliases import ALIASES, TESTBED, TESTBEDS
 
-TESTBED_FOLDER = Path(__file__).parents[1] / "testbed" / "weights"
+TESTBED_FOLDERS = {name: Path(__file__).parents[1] / "testbed" / place for name, (place, _) in TESTBEDS.items()}
+TESTBED_FOLDER = TESTBED_FOLDERS[TESTBED]
 REMEMBERED = 256 << 20
 """Bytes above which the hash of a weight file is kept in the user's cache folder."""
 RANDOM_SETTINGS = ("layers", "hidden", "heads", "kv_heads", "vocab", "positions", "seed")
@@ -30,6 +31,11 @@ class ModelSource:
     settings: dict[str, str] = field(default_factory=dict)
 
     @property
+    def suite(self) -> str | None:
+        """The suite of tasks it was made for; None for a model of ordinary text."""
+        return TESTBEDS[self.text][1] if self.kind == "testbed" else None
+
+    @property
     def short(self) -> str:
         """A name fit for a folder."""
         name = self.text if self.kind in ("testbed",) or self.text in ALIASES else Path(self.place).name
@@ -40,8 +46,8 @@ class ModelSource:
 def parse_model(text: str) -> ModelSource:
     """ALIAS | ORG/NAME[@REV] | ./FOLDER | random:FOLDER[:layers=2,...]. Raises KvcliError for anything else."""
     given = f"--model {text}"
-    if text == TESTBED:
-        return ModelSource(text, "testbed", str(TESTBED_FOLDER))
+    if text in TESTBEDS:
+        return ModelSource(text, "testbed", str(TESTBED_FOLDERS[text]))
     if text.startswith("random:"):
         return _random(text, given)
     if text.startswith((".", "/", "~")):
@@ -54,7 +60,7 @@ def parse_model(text: str) -> ModelSource:
             fix = f"--model ./{name} for the folder here"
             raise KvcliError(f"'{name}' is both a folder and a hub id", given=given, fix=fix)
         return ModelSource(text, "hub", name, revision or None)
-    raise unknown("model", text, [TESTBED, *ALIASES], given=given, listing="kvcli list models")
+    raise unknown("model", text, [*TESTBEDS, *ALIASES], given=given, listing="kvcli list models")
 
 
 def _folder(text: str, given: str) -> Path:
