@@ -18,7 +18,8 @@ def decode(
     """Attention of Q new tokens over a compressed cache and themselves.
 
     query [R, H, Q, D]; key, value [R, H_kv, S, D] with the new tokens' own among the slots; visible bool
-    [R or 1, 1 or H_kv, Q, S]: the slots each new token sees (None: all). On a CPU, which is bound by reading the cache,
+    [R or 1, 1 or H_kv, Q, S]: the slots each new token sees (None: all); of one token also [R, H_kv, H / H_kv, S], for
+    each query head. On a CPU, which is bound by reading the cache,
     each segment of rows is read apart and only as far as it is filled. Returns [R, H, Q, D].
     """
     rows, heads, new, dim = query.shape

@@ -129,6 +129,10 @@ class CompressedCache(Cache):
         """bool [R, 1 or H_kv, new, used]: which slots each of the new tokens sees; None: all of them."""
         return self.layers[layer].slots.visible(new)
 
+    def narrowed(self, layer: int, query: Tensor, key: Tensor, visible: Tensor | None) -> Tensor | None:
+        """What the new tokens [R, H, Q, D] see out of what is visible, where that depends on them."""
+        return visible
+
     @torch.inference_mode()
     def advance(self, new: int) -> None:
         """After a forward pass of `new` tokens: they stay. A negative number takes the newest back."""
@@ -143,6 +147,10 @@ class CompressedCache(Cache):
 
     def payload(self, row: int) -> int | None:
         """16-bit bytes of what the row holds; None where that is its prompt's part and every generated pair."""
+        return None
+
+    def read_per_token(self, row: int) -> float | None:
+        """16-bit bytes read per new token, where a method chooses what to read; else None."""
         return None
 
     @torch.inference_mode()

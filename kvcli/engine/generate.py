@@ -48,6 +48,8 @@ class Generated:
     text: str = ""
     alloc: int = 0
     """Bytes of the batch's padded cache per row when the row entered."""
+    read: float | None = None
+    """16-bit bytes read per generated token, where a method chooses what to read."""
     payload: int | None = None
     """16-bit bytes of the row's pairs at its end; None where every generated token's pair was kept as it is."""
 
@@ -237,6 +239,7 @@ class _Batch:
             self.live = [r for r in self.live if not self.outputs[r].finish]
             for r in gone:
                 self.outputs[r].payload = self.cache.payload(r)
+                self.outputs[r].read = self.cache.read_per_token(r)
                 self.done.append((self.asks[r], self.outputs[r]))
             self.cache.release(gone)
 

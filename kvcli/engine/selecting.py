@@ -12,7 +12,7 @@ from torch import Tensor
 from kvcli.cache.budget import Budget
 from kvcli.cache.rows import Kept, head_positions, kept_counts
 from kvcli.errors import KvcliError
-from kvcli.methods.base import Method, Selection
+from kvcli.methods.base import Method, Reader, Selection
 from kvcli.methods.composed import transform_of
 from kvcli.methods.context import Context
 from kvcli.results.schema import FLAGS
@@ -63,7 +63,7 @@ def checked(selection: Selection, method: Method, ctx: Context, budget: Budget) 
     _check_words(selection)
     flags = set(selection.flags)
     everything = all(count == ctx.n for layer in counts for count in layer)
-    if everything and not budget.requested_all and transform_of(method) is None:
+    if everything and not budget.requested_all and transform_of(method) is None and not isinstance(method, Reader):
         flags.add("noop")
     selection.flags = frozenset(flags)
     return selection

@@ -216,3 +216,27 @@ class Merge(Method):
     @abstractmethod
     def fold(self, ctx: Context, layer: int, kept: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Per KV head keys and values [K, D] of the kept pairs with the dropped ones folded in. kept: positions [K]."""
+
+
+@dataclass(frozen=True)
+class Reader(Method):
+    """Keeps every pair and reads some of them for each new token: memory is not freed."""
+
+    kind = "read"
+    phases = ("decode",)
+    domain = Domain("none")
+
+    def select(self, ctx: Context, budget: Budget) -> Selection:
+        import torch
+
+        return Selection([torch.arange(ctx.n)] * ctx.layers, frozenset({"simulated"}))
+
+    @abstractmethod
+    def read(self, layer: int, query: Tensor, keys: Tensor, filled: Tensor) -> Tensor | None:
+        """bool [R, H, S]: the pairs each query head reads; None: all of them. query [R, H, D], rotated; keys
+        [R, H_kv, S, D], the new token's own among them, in the order of the text; filled bool [R, H_kv, S]."""
+
+    @abstractmethod
+    def looked_at(self, pairs: Tensor, width: int) -> Tensor:
+        """Elements read beside the pairs in order to choose, for `pairs` filled slots (any shape) of keys of `width`
+        elements; 0 where nothing was chosen (pairs = 0)."""

@@ -40,7 +40,8 @@ FIELDS: dict[str, str] = {
     "n_new": "generated tokens",
     "notes": "what the method says of this sample, {name: value}",
     "flags": "list out of " + " ".join(FLAGS),
-    "kv_bytes": "{full, prefill, end}: 16-bit bytes of the dense prompt cache, of its kept part, of the row at its end",
+    "kv_bytes": "{full, prefill, end, read}: 16-bit bytes of the dense prompt cache, of its kept part, of the row at its end; "
+    "read per new token where a method chooses (else null)",
     "alloc_bytes": "bytes the engine's padded batch really held for this row",
     "kept_by_region": "{region: share kept}, mean over layers and KV heads",
     "repetition": "share of the answer's 4-grams that had come before; null below 5 tokens",
