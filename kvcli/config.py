@@ -27,17 +27,21 @@ class SweepConfig:
     threads: int | None = None
     attn: str = "auto"
     trust_remote_code: bool = False
+    kvpress_python: str | None = None
     template: str = "auto"
 
     methods: tuple[str, ...] = ()
     ratios: tuple[str, ...] = ()
     budgets: tuple[int, ...] = ()
+    match: str | None = None
     tasks: tuple[str, ...] = ()
     shots: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0,)
     shot_seed: int = 0
     first_token: tuple[str, ...] = ("compressed",)
     full: bool = True
+    weights: tuple[str, ...] = ("dense",)
+    calib: str | None = None
     strict_window: bool = False
     decode_ratios: tuple[str, ...] = ("off",)
     decode_budgets: tuple[int, ...] = ()
@@ -89,12 +93,13 @@ class SweepConfig:
 
 GRID = (
     "methods", "ratios", "budgets", "tasks", "shots", "seeds", "first_token", "limit", "full",
-    "decode_ratios", "decode_budgets", "decode_interval", "cap", "draws",
+    "decode_ratios", "decode_budgets", "decode_interval", "cap", "draws", "weights", "calib", "match",
 )  # fmt: skip
 """Settings that may grow inside one result folder."""
 
 HOUSEKEEPING = (
     "out",
+    "kvpress_python",
     "threads",
     "keep_maps",
     "store_prompts",

@@ -13,14 +13,28 @@ COMMON = {"config", "errors", "grammar", "hub", "spans", ""}
 """What everyone may use. '' is the package itself, for its version."""
 
 MAY_USE = {
-    "cli": {"launch", "engine", "methods", "models", "evals", "results", "analysis", "testbed", "attention", "cache"},
+    "cli": {
+        "launch",
+        "engine",
+        "methods",
+        "models",
+        "evals",
+        "results",
+        "analysis",
+        "testbed",
+        "attention",
+        "cache",
+        "weights",
+    },
     "launch": {"engine", "methods", "models", "evals", "results"},
-    "engine": {"methods", "models", "evals", "results", "attention", "cache"},
-    "methods": {"attention", "cache"},
+    "engine": {"methods", "models", "evals", "results", "attention", "cache", "weights", "kvpress"},
+    "methods": {"attention", "cache", "kvpress"},
+    "kvpress": set(),
     "models": {"attention", "cache", "testbed"},
     "attention": {"cache"},
     "cache": set(),
     "evals": {"testbed"},
+    "weights": {"testbed"},
     "results": set(),
     "analysis": {"results"},
     "testbed": {"models", "evals", "engine"},
@@ -105,3 +119,40 @@ def test_heavy_libraries_are_not_imported_at_the_top_of_the_command_line():
         top = ast.Module([n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], [])
         found = {module.partition(".")[0] for _, module in imports(top)}
         assert not found & (HEAVY | {"numpy", "yaml", "scipy", "matplotlib"}), name_of(path)
+
+
+METHODS = {path.stem for path in (PACKAGE / "methods").glob("*.py") if not path.stem.startswith("_")} - {
+    "base", "catalog", "composed", "context", "generating",
+}  # fmt: skip
+BASELINE = "full"
+"""What every method is compared with: the one method that the engine and the analysis know by name."""
+OTHER_MEANING = {
+    "random": (
+        "models/",
+        "cli/list.py",
+        "engine/bench.py",
+        "engine/prepare.py",
+        "engine/profiling.py",
+        "engine/reweighting.py",
+    ),
+    "merge": ("methods/base.py", "methods/composed.py", "methods/catalog.py"),
+}
+"""Words that name a method and, there, something else: models with random weights, a kind of method."""
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_nothing_but_its_own_file_names_a_method(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    a_method = name_of(path).startswith("methods/") and path.stem in METHODS
+    mine = {path.stem} if a_method else set()
+    messages = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        # a method's own settings may name another one (a wrapper's base); a message may give an example
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and not a_method and id(node) not in messages:
+            found = node.value.partition(":")[0]
+            elsewhere = name_of(path).startswith(OTHER_MEANING.get(found, ("-",)))
+            if found in METHODS - mine - {BASELINE} and not elsewhere and " " not in node.value:
+                raise AssertionError(f"{name_of(path)}:{node.lineno} names the method {found}")
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kvcli.methods."):
+            found = (node.module or "").rpartition(".")[2]
+            assert found not in METHODS - mine, f"{name_of(path)}:{node.lineno} imports the method {found}"

@@ -38,6 +38,10 @@ class Cell:
     decode: str | None
     """Settings of compression while generating as JSON text; None = off."""
     draw: int = 0
+    weights: str = "dense"
+    """The model's weights; records without the field are of dense ones."""
+    match: str | None = None
+    """Whose bytes it was held to: a method, with @ and what was asked of it where it has a ratio."""
     ability: str | None = None
     metric: str | None = None
 
@@ -279,8 +283,14 @@ def _describe(cell_id: str, record: dict[str, Any], described: dict[str, Any]) -
         cell_id=str(cell_id), task=str(task), method=str(method), ratio=_ratio(fact("ratio")),
         budget=_integer(fact("budget")), first_token=str(fact("first_token") or "n/a"),
         query=str(fact("query") or "aware"), shots=_integer(fact("shots")), seed=_integer(fact("seed")),
-        decode=_settings(decode), draw=_integer(fact("draw")) or 0, ability=fact("ability"), metric=fact("metric"),
+        decode=_settings(decode), draw=_integer(fact("draw")) or 0,
+        weights=str(fact("weights") or "dense"), match=_match(fact("match")), ability=fact("ability"),
+        metric=fact("metric"),
     )  # fmt: skip
+
+
+def _match(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _settings(value: Any) -> str | None:

@@ -6,6 +6,7 @@ Draws with matplotlib's Figure directly (Agg and PDF canvases): no pyplot, so no
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from kvcli.analysis.load import Run
-from kvcli.analysis.tables import CellSummary, Row, TaskTable, summarise
+from kvcli.analysis.tables import DENSE, CellSummary, Row, TaskTable, summarise
 from kvcli.errors import KvcliError
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = ("png", "pdf", "svg")
+Mode = tuple[str, str, str]
+"""First-token mode, query mode, weights: what a figure never mixes."""
 X_LABEL = "measured ratio (bytes kept / 16-bit full)"
 COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#332288", "#882255", "#7A7A00", "#666666",
@@ -100,8 +103,8 @@ def plot(
 ) -> list[Path]:
     """Writes difference.* and score.* with the data behind them; returns the pictures, then the data files.
 
-    One pair of figures per first-token and query mode; where a run has several, their names say which. Empty where no
-    method has finished samples. tables: the run's summary where it is known already.
+    One pair of figures per first-token mode, query mode and kind of weights; where a run has several, their names say
+    which. Empty where no method has finished samples. tables: the run's summary where it is known already.
     """
     for name in formats:
         if name not in FORMATS:
@@ -120,11 +123,11 @@ def plot(
 
 def sheets(run: Run, tables: Sequence[TaskTable]) -> list[tuple[str, Sheet]]:
     """(file name without ending, what it shows) of every figure that the tables have data for."""
-    modes = list(dict.fromkeys((t.first_token, t.query) for t in tables))
+    modes = list(dict.fromkeys((t.first_token, t.query, t.weights) for t in tables))
     found = []
     for figure in ("difference", "score"):
         for mode in modes:
-            drawn = [t for t in tables if (t.first_token, t.query) == mode]
+            drawn = [t for t in tables if (t.first_token, t.query, t.weights) == mode]
             panels = [p for p in (_panel(figure, table, drawn) for table in drawn) if p.series]
             pages = [panels[i : i + PANELS_PER_PAGE] for i in range(0, len(panels), PANELS_PER_PAGE)]
             for number, page in enumerate(pages, 1):
@@ -133,19 +136,18 @@ def sheets(run: Run, tables: Sequence[TaskTable]) -> list[tuple[str, Sheet]]:
     return found
 
 
-def _suffix(mode: tuple[str, str], modes: Sequence[tuple[str, str]]) -> list[str]:
+def _suffix(mode: Mode, modes: Sequence[Mode]) -> list[str]:
     """What tells this mode from the run's others in a file name."""
-    differs = [len({m[i] for m in modes}) > 1 for i in (0, 1)]
-    return [part.replace("/", "") for part, shown in zip(mode, differs, strict=True) if shown]
+    differs = [len({m[i] for m in modes}) > 1 for i in range(len(mode))]
+    return [re.sub(r"[^\w.-]+", "-", part.replace("/", "")) for part, shown in zip(mode, differs, strict=True) if shown]
 
 
-def _sheet(
-    figure: str, run: Run, tables: Sequence[TaskTable], mode: tuple[str, str], panels: tuple[Panel, ...]
-) -> Sheet:
+def _sheet(figure: str, run: Run, tables: Sequence[TaskTable], mode: Mode, panels: tuple[Panel, ...]) -> Sheet:
     what = "Difference to the full cache" if figure == "difference" else "Score"
     counts = [c.n for t in tables for c in t.cells()]
     n = f"n = {min(counts)}" if min(counts) == max(counts) else f"n = {min(counts)} to {max(counts)}"
     facts = [f"{n} per point", f"first token {mode[0]}", *([f"query {mode[1]}"] if mode[1] != "aware" else [])]
+    facts += [f"weights {mode[2]}"] if mode[2] != DENSE else []
     y = "difference to full (points)" if figure == "difference" else "score"
     bars = "95 % paired intervals" if figure == "difference" else "95 % intervals, not for comparing methods"
     return Sheet(figure, f"{what}: {run.model}", ", ".join([*facts, bars]), X_LABEL, y, panels)

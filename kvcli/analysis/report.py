@@ -12,7 +12,7 @@ from typing import Any
 from kvcli.analysis import names, stats, wording
 from kvcli.analysis.load import Run
 from kvcli.analysis.stats import Difference
-from kvcli.analysis.tables import CellSummary, TaskTable, summarise
+from kvcli.analysis.tables import DENSE, MATCH, CellSummary, TaskTable, summarise
 
 WORST = 20
 """So many (task, method) pairs get a verdict of their own; the others are named in one line each task."""
@@ -108,8 +108,8 @@ def _verdicts(tables: Sequence[TaskTable]) -> list[str]:
 
 def _twin(table: TaskTable, tables: Sequence[TaskTable]) -> TaskTable | None:
     """The same task, query mode and shots with the first token through the compressed cache."""
-    key = (table.task, table.query, table.shots, "compressed")
-    return next((t for t in tables if (t.task, t.query, t.shots, t.first_token) == key), None)
+    key = (table.task, table.query, table.shots, table.weights, "compressed")
+    return next((t for t in tables if (t.task, t.query, t.shots, t.weights, t.first_token) == key), None)
 
 
 def _findings(tables: Sequence[TaskTable]) -> list[_Finding]:
@@ -127,6 +127,7 @@ def _label(table: TaskTable, tables: Sequence[TaskTable]) -> str:
         f"first token {table.first_token}" if len({t.first_token for t in same}) > 1 else "",
         f"query {table.query}" if len({t.query for t in same}) > 1 else "",
         f"{table.shots} shots" if len({t.shots for t in same}) > 1 else "",
+        table.weights if table.weights != DENSE else "",
     ]
     extra = ", ".join(filter(None, parts))
     return f"{table.task} ({extra})" if extra else table.task
@@ -150,7 +151,8 @@ def _sentence(finding: _Finding) -> str:
 def _at(cell: CellSummary) -> str:
     """What was asked for, and beside it what was kept where that is more."""
     over = f" (over budget, measured {wording.measured(cell.measured_ratio)})" if _over(cell) else ""
-    return f"{cell.column}{over}"
+    asked = f"the bytes of {cell.column.removeprefix(MATCH)}" if cell.column.startswith(MATCH) else cell.column
+    return f"{asked}{over}"
 
 
 def _over(cell: CellSummary) -> bool:
@@ -196,6 +198,7 @@ def _how(run: Run, tables: Sequence[TaskTable]) -> list[str]:
         lines.append(f"- Query `{query}`: the question {seen} visible to the compression.")
     found = names.files(cell.method for cell in run.cells)
     lines += [f"- Method {_code(name)}: {_code(source)}." for name, source in found.items()]
+    lines += _weights(run, tables)
     first = {(t.task, t.shots): t for t in reversed(tables)}
     lines += [f"- {_code(t.task)}: {_task_facts(t)}." for t in reversed(first.values())]
     lines += [
@@ -208,6 +211,27 @@ def _how(run: Run, tables: Sequence[TaskTable]) -> list[str]:
     if any(cell.seeds > 1 for table in tables for cell in table.cells()):
         lines.append("- Seeds of one method are averaged within each sample first; n counts samples.")
     return lines
+
+
+def _weights(run: Run, tables: Sequence[TaskTable]) -> list[str]:
+    """What was pruned, on which texts, and that such results stand apart."""
+    measured = run.meta.get("weights")
+    lines = []
+    for weights in dict.fromkeys(t.weights for t in tables if t.weights != DENSE):
+        facts = measured.get(weights, {}) if isinstance(measured, dict) else {}
+        said = f": {_pruned(facts)}" if facts else ""
+        lines.append(f"- Weights {_code(weights)}{said}. Its tables stand apart; their differences are to `full` with "
+                     "these weights.")  # fmt: skip
+    return lines
+
+
+def _pruned(facts: dict[str, Any]) -> str:
+    file = facts["calibration"]["file"]
+    texts = f"{facts['texts']} texts ({facts['tokens']:,} tokens) of {_plain(file) if file else 'its own language'}"
+    return (
+        f"{100 * facts['sparsity']:.2f} % of the {facts['parameters']:,} weights in {facts['matrices']} matrices are "
+        f"zero ({100 * facts['of_model']:.1f} % of the model), calibrated on {texts}"
+    )
 
 
 def _task_facts(table: TaskTable) -> str:
@@ -348,6 +372,9 @@ def _legend(tables: Sequence[TaskTable]) -> list[str]:
         "of outputs without an extractable answer; *cut* share stopped by the token limit. **Bold**: established: "
         f"{stats.ESTABLISHED}.",
     ]
+    if any(column.kind == "match" for table in tables for column in table.columns):
+        lines[0] += (" *Asked* `= METHOD`: held, prompt by prompt, to the bytes of that method (whole KV pairs, so to "
+                     "within half a pair per KV head), which stands beside them.")  # fmt: skip
     flags = {flag for table in tables for cell in table.cells() for flag in cell.flags}
     meanings = [wording.MEANING[wording.MARKS[flag]] for flag in wording.MARKS if flag in flags]
     return lines + ["", *(f"- {_plain(text)}" for text in meanings)] * bool(meanings)

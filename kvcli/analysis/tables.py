@@ -1,6 +1,6 @@
 """From a run to one table per task: methods x requested ratios, each cell with n, interval and paired difference.
 
-First-token modes, query modes and numbers of shots are never mixed: each combination is a table of its own.
+First-token modes, query modes, numbers of shots and weights are never mixed: each combination is a table of its own.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +19,22 @@ from kvcli.analysis.load import Cell, Run
 from kvcli.analysis.stats import Difference, Interval
 
 FULL = "full"
+DENSE = "dense"
+"""The weights that others are compared with."""
 OWN = "own"
 """Column of methods whose own settings decide how much they keep."""
+MATCH = "= "
+"""Begins the column of methods that keep the bytes of one with a size of its own, which stands in it too."""
+OFF_MATCH = 0.01
+"""Bytes that are further than this share from those to match are listed."""
 NO_ANSWER_LIMIT = 0.2
 """More than this share without an extractable answer, and the score says little about the model."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """What was asked for. kind: 'ratio', 'budget' (KV pairs), 'own' (nothing was asked for) or 'full'."""
+    """What was asked for. kind: 'ratio', 'budget' (KV pairs), 'match' (another method's bytes), 'own' (nothing
+    was asked for) or 'full'."""
 
     kind: str
     value: float
@@ -93,7 +101,7 @@ class Row:
 
 @dataclass(frozen=True)
 class TaskTable:
-    """One task in one first-token mode, query mode and number of shots."""
+    """One task in one first-token mode, query mode, number of shots and kind of weights."""
 
     task: str
     ability: str | None
@@ -110,6 +118,9 @@ class TaskTable:
     full: CellSummary | None
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
+    weights: str = DENSE
+    against_dense: Difference | None = None
+    """full with these weights minus full with dense ones, on the samples both have."""
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -118,36 +129,38 @@ class TaskTable:
         return [row.cells[c.text] for row in self.rows for c in self.columns if c.text in row.cells]
 
 
-_Key = tuple[str, str, str, int | None]
-"""task, first-token mode, query mode, shots: what is never mixed."""
+_Key = tuple[str, str, str, int | None, str]
+"""task, first-token mode, query mode, shots, weights: what is never mixed."""
 _Groups = dict[_Key, dict[tuple[str, "Column"], list[int]]]
 """Per table: (row, column) -> cells, several where they differ only by seed or draw."""
 
 
 def summarise(run: Run, only: Collection[str] | None = None) -> list[TaskTable]:
-    """One table per task, first-token mode, query mode and number of shots.
+    """One table per task, first-token mode, query mode, number of shots and kind of weights.
 
     only: ids of the cells to show (None: all); `full` is shown beside them. Tasks and methods stand in the order of
     run.json, those it does not name in the order of the records.
     """
     rows_of = _rows_of_cells(run)
     groups: _Groups = {}
+    short = names.shown(cell.method for cell in run.cells)
+    columns = _match_columns(run, short)
     shown = None if only is None else {_key(cell) for cell in run.cells if cell.cell_id in only}
     for code, cell in enumerate(run.cells):
         key = _key(cell)
         asked = only is None or cell.cell_id in only or cell.method == FULL
         if len(rows_of[code]) and asked and (shown is None or key in shown):
-            groups.setdefault(key, {}).setdefault((row_name(run, cell), column_of(cell)), []).append(code)
+            groups.setdefault(key, {}).setdefault((row_name(run, cell), column_of(cell, columns)), []).append(code)
     tasks = _order(list(run.meta.get("tasks") or ()), (key[0] for key in groups))
     modes = {"compressed": 0, "prefill": 1}
-    keys = sorted(groups, key=lambda k: (tasks[k[0]], k[2] != "aware", k[3] or 0, modes.get(k[1], 2)))
-    short = names.shown(cell.method for cell in run.cells)
+    weights = _order([DENSE, *(run.config("weights") or ())], (key[4] for key in groups))
+    keys = sorted(groups, key=lambda k: (tasks[k[0]], k[2] != "aware", k[3] or 0, weights[k[4]], modes.get(k[1], 2)))
     labels = {row_name(run, cell): short[cell.method] + _decode_text(run, cell) for cell in run.cells}
     return [_table(run, rows_of, key, groups, labels) for key in keys]
 
 
 def _key(cell: Cell) -> _Key:
-    return cell.task, cell.first_token, cell.query, cell.shots
+    return cell.task, cell.first_token, cell.query, cell.shots, cell.weights
 
 
 def _order(first: Iterable[str], then: Iterable[str]) -> dict[str, int]:
@@ -166,9 +179,30 @@ def _decode_text(run: Run, cell: Cell) -> str:
     return f" [{names.decoding(json.loads(cell.decode), same)}]"
 
 
-def column_of(cell: Cell) -> Column:
+def _match_columns(run: Run, short: Mapping[str, str]) -> dict[str, Column]:
+    """Per method that others are matched to its column, in the order of their names."""
+    found = sorted({cell.match for cell in run.cells if cell.match is not None})
+    anchors = {_asked(cell): short[cell.method] + _asked(cell)[len(cell.method) :] for cell in run.cells}
+    return {
+        anchor: Column("match", float(place), f"{MATCH}{anchors.get(anchor, anchor)}")
+        for place, anchor in enumerate(found)
+    }
+
+
+def _asked(cell: Cell) -> str:
+    """A cell as `match` of others names it."""
+    if cell.ratio is not None:
+        return f"{cell.method}@{cell.ratio}"
+    return cell.method if cell.budget is None else f"{cell.method}@{cell.budget} KV"
+
+
+def column_of(cell: Cell, matches: Mapping[str, Column] = MappingProxyType({})) -> Column:
+    """matches: columns of methods that others are matched to."""
     if cell.method == FULL:
         return _FULL[1]
+    own = matches.get(cell.match if cell.match is not None else _asked(cell))
+    if own is not None:
+        return own
     if cell.ratio is not None:
         return Column("ratio", float(cell.ratio), cell.ratio)
     if cell.budget is not None:
@@ -198,9 +232,10 @@ class _Scores:
 def _table(
     run: Run, rows_of: Sequence[NDArray[np.int64]], key: _Key, groups: _Groups, labels: Mapping[str, str]
 ) -> TaskTable:
-    task, first_token, query, shots = key
+    task, first_token, query, shots, weights = key
     scores = {name: _scores(run, rows_of, codes) for name, codes in groups[key].items()}
     full, borrowed = _full(run, rows_of, key, groups)
+    dense = _full(run, rows_of, (*key[:4], DENSE), groups)[0] if full and weights != DENSE else None
     columns = tuple(sorted({column for _, column in scores if column != _FULL[1]}, key=lambda c: c.order))
     methods = _order(run.config("methods") or (), (method for method, column in scores if column != _FULL[1]))
     cells = [
@@ -216,16 +251,46 @@ def _table(
         version=None if version is None else str(version), chance=None if chance is None else float(chance),
         first_token=first_token, query=query, shots=shots, n_prompt=_median(run.n_prompt[every]),
         clusters=_cluster_count(run, every), full=_cell(run, FULL, *_FULL, full, None) if full else None,
-        columns=columns, rows=tuple(Row(m, labels[m], found) for m, found in zip(methods, cells, strict=True) if found),
+        weights=weights, against_dense=_against(full, dense)[0] if full and dense else None, columns=columns,
+        rows=tuple(Row(m, labels[m], found) for m, found in zip(methods, cells, strict=True) if found),
     )  # fmt: skip
     replaced = sum(s.replaced for s in scores.values())
     return replace(
         table,
         warnings=tuple(sanity(table) + [_replaced_warning(replaced)] * (replaced > 0)),
-        notes=(f"full is taken from first-token mode '{borrowed}': it evicts nothing, so both give one answer",)
-        if borrowed
-        else (),
+        notes=tuple([_borrowed_note(borrowed)] * bool(borrowed) + _beside_dense(table) + _off_match(table)),
     )
+
+
+def _borrowed_note(mode: str) -> str:
+    return f"full is taken from first-token mode '{mode}': it evicts nothing, so both give one answer"
+
+
+def _beside_dense(table: TaskTable) -> list[str]:
+    """How full with other weights compares with full of the dense model; the table itself is against the former."""
+    if table.weights == DENSE:
+        return []
+    change = table.against_dense
+    if change is None:
+        return ["differences are to full with these weights; full with dense weights was not run on these prompts"]
+    ends = change.interval
+    said = f" [{100 * ends.low:+.1f}, {100 * ends.high:+.1f}]" if ends else ""
+    return [
+        f"differences are to full with these weights, which itself is {100 * change.value:+.1f} points{said} from full "
+        f"with dense weights (n = {change.n})"
+    ]
+
+
+def _off_match(table: TaskTable) -> list[str]:
+    """Which methods do not have the bytes they were to match: listed, not forced."""
+    found = []
+    for column in (c for c in table.columns if c.kind == "match"):
+        cells = [row.cells[column.text] for row in table.rows if column.text in row.cells]
+        off = [f"{c.label} ({c.flags['unreachable']} of {c.records})" for c in cells if c.flags.get("unreachable")]
+        if off:
+            found.append(f"not within {100 * OFF_MATCH:.0f} % of the bytes of {column.text.removeprefix(MATCH)}: "
+                         f"{', '.join(off)}")  # fmt: skip
+    return found
 
 
 def _replaced_warning(count: int) -> str:
@@ -255,8 +320,8 @@ def _scores(run: Run, rows_of: Sequence[NDArray[np.int64]], codes: Sequence[int]
 
 def _full(run: Run, rows_of: Sequence[NDArray[np.int64]], key: _Key, groups: _Groups) -> tuple[_Scores | None, str]:
     """full's scores of this table, or those of the same prompts in another first-token mode and that mode's name."""
-    task, mode, query, shots = key
-    same = [k for k in groups if (k[0], k[2], k[3]) == (task, query, shots) and _FULL in groups[k]]
+    task, mode, query, shots, weights = key
+    same = [k for k in groups if (k[0], *k[2:]) == (task, query, shots, weights) and _FULL in groups[k]]
     for other in sorted(same, key=lambda k: k[1] != mode):
         return _scores(run, rows_of, groups[other][_FULL]), "" if other == key else other[1]
     return None, ""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from kvcli.analysis import stats
 from kvcli.analysis.stats import Interval
-from kvcli.analysis.tables import NO_ANSWER_LIMIT, OWN, CellSummary, TaskTable
+from kvcli.analysis.tables import DENSE, MATCH, NO_ANSWER_LIMIT, OWN, CellSummary, TaskTable
 
 MARKS = {"noop": "n", "over_budget": "o", "fallback": "f", "unreachable": "u", "simulated": "s"}
 ESTABLISHED, NO_ANSWER, INCOMPLETE = "*", "?", "i"
@@ -16,7 +16,7 @@ MEANING = {
     "n": "noop: some prompts were too short to compress; nothing was evicted from them",
     "o": "over_budget: in some samples protected tokens exceed the budget; compare at the measured ratio only",
     "f": "fallback: the method could not do what its name says at this size",
-    "u": "unreachable: this ratio is outside the method's range",
+    "u": "unreachable: this ratio, or the bytes to match, are outside the method's range",
     "s": "simulated: the memory was not really freed",
     NO_ANSWER: f"no answer found in more than {100 * NO_ANSWER_LIMIT:.0f} % of the outputs",
     INCOMPLETE: "fewer finished samples than full: failed or not run yet",
@@ -63,7 +63,7 @@ def off_target(cell: CellSummary) -> bool:
     """True when the measured ratio should be read: nothing was asked for, a budget was, or it came out otherwise."""
     if cell.measured_ratio is None:
         return False
-    if cell.column == OWN or cell.column.endswith(" KV"):
+    if cell.column == OWN or cell.column.startswith(MATCH) or cell.column.endswith(" KV"):
         return True
     return abs(cell.measured_ratio - float(cell.column)) > 0.01
 
@@ -88,12 +88,14 @@ def flag_counts(cell: CellSummary) -> str:
 
 
 def mode(table: TaskTable) -> str:
-    """'first token compressed, 8 shots'; the query mode only where it is not the usual one."""
+    """'first token compressed, 8 shots'; query mode and weights only where they are not the usual ones."""
     parts = [f"first token {table.first_token}"]
     if table.query != "aware":
         parts.append(f"query {table.query}")
     if table.shots is not None:
         parts.append(f"{table.shots} shot{'' if table.shots == 1 else 's'}")
+    if table.weights != DENSE:
+        parts.append(f"weights {table.weights}")
     return ", ".join(parts)
 
 

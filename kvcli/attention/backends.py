@@ -7,6 +7,7 @@ name, and where no fused kernel fits. No n x n tensor is ever held. `reference` 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 
 import torch
@@ -39,24 +40,26 @@ def prefill(
     weights: dict[str, Tensor],
     backend: str = "auto",
     prefix: Prefix | None = None,
+    bands: Mapping[str, int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Causal attention of new tokens over a shared prefix (if any) and themselves, and its column sums.
 
     query [B, H, S, D]; key, value [B, H_kv, S, D]; prefix: keys and values [H_kv, P, D] that stand before every row;
-    weights[name] [B, S]: how much each query counts in the sum of that name. Returns output [B, H, S, D] and
-    sums[name] [B, H, P + S], float32 at least.
+    weights[name] [B, S]: how much each query counts in the sum of that name; bands[name]: a sum of that name takes only
+    queries less than so many positions behind the key. Returns output [B, H, S, D] and sums[name] [B, H, P + S],
+    float32 at least.
     """
     backend = choose(backend, query)
     if backend == "reference":
-        return reference.prefill(query, *_joined(key, value, prefix), scaling, weights)
+        return reference.prefill(query, *_joined(key, value, prefix), scaling, weights, bands)
     if backend == "blockwise":
-        return _blockwise(query, key, value, scaling, weights, prefix)
+        return _blockwise(query, key, value, scaling, weights, prefix, bands)
     done = _fused(query, key, value, scaling, backend, prefix, exact=bool(weights))
     if done is None:  # no fused kernel fits, see fused.attention
-        return _blockwise(query, key, value, scaling, weights, prefix)
+        return _blockwise(query, key, value, scaling, weights, prefix, bands)
     out, lse = done
     before = None if prefix is None else prefix[0]
-    return out, column_sums(query, key, lse, scaling, weights, before) if weights else {}
+    return out, column_sums(query, key, lse, scaling, weights, before, bands) if weights else {}
 
 
 def _joined(key: Tensor, value: Tensor, prefix: Prefix | None) -> tuple[Tensor, Tensor]:
@@ -98,6 +101,7 @@ def _blockwise(
     scaling: float,
     weights: dict[str, Tensor],
     prefix: Prefix | None,
+    bands: Mapping[str, int] | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Output and column sums, one block of queries against the keys it can see."""
     batch, heads, size, dim = query.shape
@@ -129,7 +133,10 @@ def _blockwise(
         out[:, :, :, start:end] = mixed.view(batch, kv_heads, group, count, width)
         for name, weight in weights.items():
             part = weight[:, start:end].to(exact)[:, None, None, None]
-            sums[name][..., :seen] += (part @ p).squeeze(-2)
+            near = p
+            if bands and name in bands:
+                near = p * reference.within(count, seen, bands[name]).to(p.device)
+            sums[name][..., :seen] += (part @ near).squeeze(-2)
     shaped = out.reshape(batch, heads, size, width)
     return shaped, {name: s.view(batch, heads, before + size) for name, s in sums.items()}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -22,12 +24,27 @@ def causal(queries: int, keys: int) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
 
 
+def within(queries: int, keys: int, width: int) -> Tensor:
+    """bool [Q, S]: which keys stand less than `width` positions before each of the last Q of S positions."""
+    return causal(queries, keys) & ~causal(queries, keys).tril(keys - queries - width)
+
+
 def prefill(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, weights: dict[str, Tensor]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    weights: dict[str, Tensor],
+    bands: Mapping[str, int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """As backends.prefill, the prefix already in key and value, with the whole tensor of probabilities in memory."""
     visible = causal(query.shape[2], key.shape[2]).to(query.device)
     p = probabilities(query, key, scaling, visible)
     values = value.to(p.dtype).repeat_interleave(query.shape[1] // value.shape[1], 1)
-    sums = {name: (p * w.to(p.dtype)[:, None, :, None]).sum(2) for name, w in weights.items()}
+    sums = {}
+    for name, weight in weights.items():
+        part = p * weight.to(p.dtype)[:, None, :, None]
+        if bands and name in bands:
+            part = part * within(p.shape[2], p.shape[3], bands[name]).to(p.device)
+        sums[name] = part.sum(2)
     return (p @ values).to(query.dtype), sums

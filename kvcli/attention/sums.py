@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import sysconfig
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,8 @@ LOG2_E = math.log2(math.e)
 
 _TILE = 512
 """Queries and keys per tile: its probabilities (1 MiB) stay in a core's second-level cache."""
+_BAND_BYTES = 32 << 20
+"""Probabilities of a band at a time."""
 _TILE_ELEMENTS = {"cpu": _TILE * _TILE, "cuda": 1 << 24}
 """Probabilities at a time; short rows share a tile."""
 
@@ -32,14 +35,23 @@ def column_sums(
     scaling: float,
     weights: dict[str, Tensor],
     prefix: Tensor | None = None,
+    bands: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Sum over the queries of weight times probability, for each key.
 
     query [B, H, S, D]; key [B, H_kv, S, D]; lse [B, H, S]: natural logsumexp of each query's scaled scores over all
-    it sees; prefix [H_kv, P, D]: keys before every row; weights[name] [B, S]. Returns [B, H, P + S] per name,
-    float32 at least.
+    it sees; prefix [H_kv, P, D]: keys before every row; weights[name] [B, S]; bands[name]: a sum of that name takes
+    only queries less than so many positions behind the key. Returns [B, H, P + S] per name, float32 at least.
     """
-    names = list(weights)
+    widths = bands or {}
+    near = {
+        name: banded(query, key, lse, scaling, weight, widths[name], prefix)
+        for name, weight in weights.items()
+        if name in widths
+    }
+    names = [name for name in weights if name not in widths]
+    if not names:
+        return near
     stacked = torch.stack([weights[name] for name in names])
     if query.device.type == "cuda" and query.dtype != torch.float64 and query.shape[-1] <= 256 and triton_runs():
         from kvcli.attention import triton_sums
@@ -47,7 +59,7 @@ def column_sums(
         sums = triton_sums.column_sums(query, key, lse, scaling, stacked, prefix)
     else:
         sums = tiled(query, key, lse, scaling, stacked, prefix)
-    return dict(zip(names, sums.unbind(0), strict=True))
+    return {**dict(zip(names, sums.unbind(0), strict=True)), **near}
 
 
 @cache
@@ -81,6 +93,45 @@ def tiled(
         before = before.view(kv_heads, batch, group, *before.shape[2:]).transpose(0, 1)
         sums = torch.cat([before, sums], -1)
     return sums.flatten(1, 2).permute(2, 0, 1, 3)
+
+
+def banded(
+    query: Tensor, key: Tensor, lse: Tensor, scaling: float, weight: Tensor, width: int, prefix: Tensor | None = None
+) -> Tensor:
+    """As column_sums, of the queries less than `width` positions behind a key: [B, H, P + S]. weight [B, S].
+
+    In PyTorch on any device: a block of queries reads only the keys of its band.
+    """
+    batch, heads, size, dim = query.shape
+    kv_heads = key.shape[1]
+    exact = torch.promote_types(query.dtype, torch.float32)
+    rows = (query.to(exact) * (scaling * LOG2_E)).view(batch, kv_heads, -1, size, dim)
+    bases = (lse.to(exact) * -LOG2_E).view(batch, kv_heads, -1, size)
+    shares = weight.to(exact)[:, None, None, None]
+    before = 0 if prefix is None else prefix.shape[1]
+    tail = min(before, width - 1)
+    keys = key.to(exact)
+    if prefix is not None and tail:
+        keys = torch.cat([prefix[:, before - tail :].to(exact).expand(batch, -1, -1, -1), keys], 2)
+    sums = rows.new_zeros(*rows.shape[:3], before + size)
+    seen = min(tail + size, width + _TILE)
+    high = max(16, min(size, _TILE, _BAND_BYTES // (batch * heads * seen * 4)))
+    for start in range(0, size, high):
+        end = min(size, start + high)
+        low = max(0, tail + start - width + 1)
+        part = keys[:, :, low : tail + end]
+        block = rows[:, :, :, start:end].flatten(2, 3)
+        p = torch.baddbmm(
+            bases[:, :, :, start:end].reshape(batch * kv_heads, -1, 1),
+            block.flatten(0, 1),
+            part.flatten(0, 1).transpose(1, 2),
+        ).exp2_()
+        p = p.view(*rows.shape[:3], end - start, -1)
+        apart = torch.arange(tail + start, tail + end)[:, None] - torch.arange(low, tail + end)
+        p.masked_fill_(((apart < 0) | (apart >= width)).to(p.device), 0)  # a later key's may be infinite
+        at = slice(before - tail + low, before + end)
+        sums[..., at] += (shares[..., start:end] @ p).squeeze(-2)
+    return sums.flatten(1, 2)
 
 
 def _tiles(rows: Tensor, keys: Tensor, bases: Tensor, shares: Tensor, *, causal: bool) -> Tensor:

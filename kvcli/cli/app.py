@@ -31,6 +31,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("kvcli.cli.list", "List methods, tasks, models or result folders."),
     "status": ("kvcli.cli.status", "Show how far a result folder is."),
     "check": ("kvcli.cli.check", "Check a result folder for damage and compact its records."),
+    "profile-heads": ("kvcli.cli.profile_heads", "Measure how much each attention head retrieves."),
+    "new-method": ("kvcli.cli.new_method", "Write a working method and its test, to begin your own from."),
     "testbed": ("kvcli.cli.testbed", "Train and measure the embedded testbed model."),
 }
 """Command name -> (module, first line of its help), in the order of the help."""

@@ -52,6 +52,15 @@ Attn = Annotated[
 TrustRemoteCode = Annotated[
     bool | None, _option("--trust-remote-code", help="Run model code from the hub.", panel=_MODEL)
 ]
+KvpressPython = Annotated[
+    str | None,
+    _option(
+        "--kvpress-python",
+        help="Python of an environment with kvpress, for --method kvpress:CLASS.",
+        panel=_MODEL,
+        metavar="PATH",
+    ),
+]
 Template = Annotated[
     str | None, _option("--template", help="auto, chat or raw prompts.", panel=_MODEL, metavar="WHICH")
 ]
@@ -72,6 +81,15 @@ Ratios = Annotated[
 Budgets = Annotated[
     str | None,
     _option("--budget", help="KV pairs kept per layer and head, instead of --ratio.", panel=_GRID, metavar="N,N"),
+]
+Match = Annotated[
+    str | None,
+    _option(
+        "--match",
+        help="bytes: methods with a ratio keep, of each prompt, the bytes of each method that has its own size.",
+        panel=_GRID,
+        metavar="WHAT",
+    ),
 ]
 Tasks = Annotated[
     list[str] | None, _option("--task", "-t", help="Tasks, suites, globs or ./file.yaml.", panel=_GRID, metavar="TASKS")
@@ -95,6 +113,24 @@ FirstToken = Annotated[
 ]
 NoFull = Annotated[
     bool | None, _option("--full/--no-full", help="Add the full cache as baseline [default: yes].", panel=_GRID)
+]
+Weights = Annotated[
+    list[str] | None,
+    _option(
+        "--weights",
+        help="Weights: dense, pruned ones as sparsegpt:sparsity=0.5 or sparsegpt:2:4, or a list [default: dense].",
+        panel=_GRID,
+        metavar="WEIGHTS",
+    ),
+]
+Calib = Annotated[
+    str | None,
+    _option(
+        "--calib",
+        help="Texts that pruned weights are calibrated on: .txt a running text, else one per line.",
+        panel=_GRID,
+        metavar="FILE",
+    ),
 ]
 StrictWindow = Annotated[
     bool | None, _option("--strict-window", help="Keep the paper's window even above the budget.", panel=_GRID)
@@ -293,7 +329,7 @@ def _from_text(annotation: str, name: str, value: str) -> Any:
     if kind == "tuple[int, ...]":
         return integers(f"{ENVIRONMENT}{name.upper()}", value)
     if kind == "tuple[str, ...]":
-        return [value] if name in ("methods", "ratios") else [piece.strip() for piece in value.split(",")]
+        return [value] if name in ("methods", "ratios", "weights") else [piece.strip() for piece in value.split(",")]
     if kind == "bool":
         if value.lower() not in ("true", "false"):
             raise KvcliError(f"'{name}' must be true or false", given=given, fix=f"{ENVIRONMENT}{name.upper()}=true")

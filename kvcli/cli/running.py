@@ -18,11 +18,15 @@ def one_cell(config: SweepConfig) -> SweepConfig:
     from kvcli.evals.loader import find_tasks
     from kvcli.grammar import parse_ratios
     from kvcli.methods.catalog import expand
+    from kvcli.weights.spec import canonical, parse_weights
 
     methods = [str(m) for m in expand(config.methods or ("full",))]
     sizes = [str(r) for r in parse_ratios(config.ratios)] + [str(b) for b in config.budgets]
     tasks = [task.name for task in find_tasks(config.tasks)]
-    for name, found in (("method", methods), ("ratio or budget", sizes), ("task", tasks)):
+    weights = [canonical(value) for value in parse_weights(config.weights)]
+    for name, found in (
+        ("method", methods), ("ratio or budget", sizes), ("task", tasks), ("kind of weights", weights),
+    ):  # fmt: skip
         if len(found) > 1:
             fix = f"kvcli sweep, or one of {', '.join(found[:4])}"
             raise KvcliError(f"run takes one {name}", given=", ".join(found), fix=fix)
@@ -131,13 +135,18 @@ _SHARING = {
 }
 
 
+def _weights(text: str) -> str:
+    """What tells a group of pruned weights from the dense ones."""
+    return "" if text == "dense" else f", {text}"
+
+
 def _details(facts: Any) -> list[str]:
     """Prefill groups, storage kinds and memory, for --dry-run."""
     lines = ["prefill groups"]
     for g in facts.groups:
         cells = f"{g.cells} cell{'s' * (g.cells != 1)} x {g.prompts} prompts"
         lines.append(
-            f"  {g.task}, {g.shots} shot{'s' * (g.shots != 1)}: {cells}, "
+            f"  {g.task}, {g.shots} shot{'s' * (g.shots != 1)}{_weights(g.weights)}: {cells}, "
             f"{_SHARING[g.sharing]}: {g.tokens:,} tokens instead of {g.tokens_alone:,}"
         )
     lines.append("storage kinds")

@@ -191,7 +191,7 @@ def _named(record: Record, methods: list[str], ratios: list[Decimal]) -> bool:
 def _cell(record: Record) -> dict[str, Any]:
     fields = (
         "cell_id", "method", "ratio", "budget", "measured_ratio", "first_token", "shots", "seed", "draw",
-        "decode", "status", "error",
+        "decode", "weights", "match", "status", "error",
         "score", "extracted", "output", "finish", "flags", "n_prompt", "kept", "kept_by_region",
     )  # fmt: skip
     return {name: record.get(name) for name in fields}
@@ -258,12 +258,21 @@ def _name(cell: dict[str, Any]) -> str:
     seed = f", seed {cell['seed']}" if cell["seed"] else ""
     draw = f", draw {cell['draw']}" if cell.get("draw") else ""
     decode = names.decoding(cell.get("decode"))
-    return f"{cell['method']} {_size(cell)}{', ' * bool(decode)}{decode}{mode}{seed}{draw}"
+    weights = f", {_weights(cell)}" if _weights(cell) else ""
+    return f"{cell['method']} {_size(cell)}{weights}{', ' * bool(decode)}{decode}{mode}{seed}{draw}"
+
+
+def _weights(cell: dict[str, Any]) -> str:
+    """Those of a pruned model; dense ones need no word."""
+    weights = cell.get("weights")
+    return "" if weights in (None, "dense") else str(weights)
 
 
 def _size(cell: dict[str, Any]) -> str:
     if cell["ratio"] is not None:
         return f"ratio {ratio_text(Decimal(str(cell['ratio'])))}"
+    if cell.get("match"):
+        return f"= {cell['match']}"
     return f"budget {cell['budget']}" if cell["budget"] is not None else "-"
 
 
@@ -274,7 +283,7 @@ def _row(cell: dict[str, Any], long: bool) -> tuple[Any, ...]:
         text = " ".join(text.split())
         text = text if len(text) <= 100 else text[:97] + "..."
     measured, score = _short(cell["measured_ratio"]), _short(cell["score"])
-    extras = [names.decoding(cell.get("decode")), f"draw {cell['draw']}" if cell.get("draw") else ""]
+    extras = [names.decoding(cell.get("decode")), f"draw {cell['draw']}" if cell.get("draw") else "", _weights(cell)]
     method = " ".join(filter(None, [cell["method"], *(f"[{x}]" for x in extras if x)]))
     return method, _size(cell), measured, score, cell["extracted"], " ".join(cell["flags"] or []) or "-", text
 

@@ -8,14 +8,17 @@ from kvcli.cli import options as o
 
 
 def command(
-    method: o.Methods = None, ratio: o.Ratios = None, budget: o.Budgets = None, task: o.Tasks = None,
+    method: o.Methods = None, ratio: o.Ratios = None, budget: o.Budgets = None, match: o.Match = None,
+    task: o.Tasks = None,
     shots: o.Shots = None, seed: o.Seeds = None, shot_seed: o.ShotSeed = None, first_token: o.FirstToken = None,
     full: o.NoFull = None,
+    weights: o.Weights = None, calib: o.Calib = None,
     strict_window: o.StrictWindow = None, decode_ratio: o.DecodeRatio = None, decode_budget: o.DecodeBudget = None,
     decode_interval: o.DecodeInterval = None, cap: o.Cap = None, temperature: o.Temperature = None,
     top_p: o.TopP = None, draws: o.Draws = None, limit: o.Limit = None,
     model: o.Model = None, tokenizer: o.Tokenizer = None, dtype: o.Dtype = None, device: o.Device = None,
     attn: o.Attn = None, template: o.Template = None, trust_remote_code: o.TrustRemoteCode = None,
+    kvpress_python: o.KvpressPython = None,
     max_new_tokens: o.MaxNewTokens = None, max_prompt_tokens: o.MaxPromptTokens = None, ignore_eos: o.IgnoreEos = None,
     data_dir: o.DataDir = None, out: o.Out = None, keep_maps: o.KeepMaps = None, store_prompts: o.StorePrompts = None,
     prefill_batch: o.PrefillBatch = None, decode_batch: o.DecodeBatch = None, memory: o.Memory = None,
@@ -33,6 +36,7 @@ def command(
       kvcli sweep --model testbed --method shotkv --ratio 0.1
       kvcli sweep --method tier1 --ratio 0.1..0.9:0.2 --limit 50
       kvcli sweep --model llama3-8b --method snapkv,h2o --ratio 0.2 -t gsm8k
+      kvcli sweep --method snapkv --ratio 0.3 --weights dense,sparsegpt:sparsity=0.5
       kvcli sweep --method ./mine.py:MyMethod,tier1 --ratio 0.3 --dry-run
     """
     typed = dict(locals())

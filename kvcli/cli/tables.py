@@ -168,6 +168,8 @@ def _legend(tables: Sequence[TaskTable]) -> Iterator[RenderableType]:
     if not cells:
         return
     lines = [("", "columns: kept ratio asked for; cells: score, then difference to full in points on the same samples")]
+    if any(column.kind == "match" for table in tables for column in table.columns):
+        lines.append(("=", "held, prompt by prompt, to the bytes of this method, which stands in the column too"))
     if any(wording.off_target(cell) for cell, _ in cells):
         lines.append(("@", "measured ratio (bytes kept / bytes of the 16-bit full cache); elsewhere within 0.01 of it"))
     elif all(cell.measured_ratio is not None for cell, _ in cells):

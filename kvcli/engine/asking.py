@@ -6,27 +6,32 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvcli.cache.budget import Budget
-from kvcli.cache.rows import Kept, Row, head_positions
+from kvcli.cache.rows import STORED_BYTES, Kept, Row, head_positions, payload_bytes
 from kvcli.cache.stored import Layers, StoredRow
 from kvcli.engine.generate import Ask, Start, StopRules, end_tokens
-from kvcli.engine.plan import Cell, ratio_of
+from kvcli.engine.plan import Anchor, Cell, ratio_of
 from kvcli.engine.pool import Cap, PoolRow
 from kvcli.engine.prefilling import Ready
 from kvcli.engine.prepare import PromptSet
 from kvcli.engine.sampling import Sampler
 from kvcli.engine.selecting import checked, guarded, select
 from kvcli.errors import KvcliError
+from kvcli.grammar import round_half_up
 from kvcli.methods.base import Block, Merge, Method, Selection, Transform
 from kvcli.methods.composed import merge_of, transform_of
 from kvcli.methods.context import Context
 from kvcli.models.pruned_prefill import pruned_prefill
 from kvcli.models.wrapper import Model
+
+MATCHED = Decimal("0.01")
+"""Kept bytes that are further than this share from those they were to match are flagged `unreachable`."""
 
 
 @dataclass
@@ -58,6 +63,8 @@ class Choice:
     seconds: float
     payload: int | None = None
     """Bytes of the prompt's kept pairs, the last one's included, where a transform stores them."""
+    matched: int | None = None
+    """Bytes its kept pairs were to have, where they are those of another method."""
     logits: Tensor | None = None
     """[V] behind the prompt, where they come from a prefill of the method's own."""
 
@@ -68,13 +75,14 @@ class Asker:
 
     model: Model
     options: Options
-    method: Callable[[Cell], Method]
+    method: Callable[[Cell | Anchor], Method]
 
     def ask(self, prompts: PromptSet, sample: int, cell: Cell, ready: Ready) -> Ask:
         """The row of one cell; its tag is a `Choice`. Raises what the method raises, and BadSelection."""
         started = time.perf_counter()
         ctx = dataclasses.replace(ready.context, seed=cell.seed or 0)
-        budget = self._budget(cell, ctx)
+        matched = None if cell.match is None else self._bytes_of(cell.match, ctx)
+        budget = self._budget(cell, ctx, matched)
         method = self.method(cell)
         if method.kind == "in-prefill":
             selection, row, logits = self._pruned(method, ctx, budget)
@@ -83,12 +91,38 @@ class Asker:
             row = self._row(cell, method, ctx, selection, budget)
         own = logits if method.kind == "in-prefill" else None
         payload = self._payload(method, ctx, selection)
-        choice = Choice(sample, cell, ctx, selection, time.perf_counter() - started, payload, own)
+        if matched is not None and self._misses(selection, matched):
+            selection.flags |= {"unreachable"}
+        choice = Choice(sample, cell, ctx, selection, time.perf_counter() - started, payload, matched, own)
         sampler = self._sampler(cell, ctx)
         return Ask(row, self._start(choice, logits, sampler), self._rules(prompts), sampler, choice)
 
-    def _budget(self, cell: Cell, ctx: Context) -> Budget:
+    def _bytes_of(self, anchor: Anchor, ctx: Context) -> int:
+        """Bytes of what the anchor keeps of this prompt: it really selects and stores it, once per prompt and seed."""
+        method = self.method(anchor)
+
+        def make() -> int:
+            selection = select(method, ctx, self._budget(anchor, ctx))
+            payload = self._payload(method, ctx, selection)
+            return payload_bytes(selection.kept, self.model.shapes.dims) if payload is None else payload
+
+        seed = ctx.seed if method.seeded else None
+        found: int = ctx.once(("bytes of", anchor, self.options.strict_window, seed), make)
+        return found
+
+    def _pair(self) -> int:
+        """Bytes of one pair in every KV head of every layer: the step in which a budget can be set."""
+        return sum(heads * width for heads, width in self.model.shapes.dims) * STORED_BYTES
+
+    def _misses(self, selection: Selection, matched: int) -> bool:
+        """Whether what was kept is further from these bytes than MATCHED of them and than the rounding to pairs."""
+        off = abs(payload_bytes(selection.kept, self.model.shapes.dims) - matched)
+        return off > MATCHED * matched and 2 * off > self._pair()
+
+    def _budget(self, cell: Cell | Anchor, ctx: Context, matched: int | None = None) -> Budget:
         size = (len(ctx.keys), ctx.kv_heads, self.options.strict_window)
+        if matched is not None:
+            return Budget.of_size(round_half_up(Decimal(matched) / self._pair()), ctx.n, *size)
         ratio = ratio_of(cell)
         if ratio is not None:
             return Budget.of_ratio(ratio, ctx.n, *size)

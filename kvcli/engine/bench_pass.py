@@ -15,18 +15,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from kvcli.attention.capture import Dense, Needs
+from kvcli.attention.capture import Needs
 from kvcli.cache.budget import Budget
 from kvcli.cache.kv_cache import CompressedCache
 from kvcli.cache.rows import STORED_BYTES, Row, payload_bytes
 from kvcli.cache.workspace import Workspace
 from kvcli.engine.bench import Job
 from kvcli.engine.meter import Memory, Meter
+from kvcli.engine.needs import captured, given
+from kvcli.engine.prefilling import passes
 from kvcli.engine.selecting import select
 from kvcli.errors import KvcliError
 from kvcli.methods import catalog
@@ -35,8 +37,6 @@ from kvcli.models.wrapper import Model
 from kvcli.spans import Region
 
 SHOTS = 8
-RECONSTRUCTION = "reconstruction"
-"""An extra pass after the prefill, not a statistic of it; its time counts as selecting."""
 
 
 def regions(n: int) -> list[Region]:
@@ -193,7 +193,8 @@ class Measured:
     def __init__(self, job: Job, model: Model, memory: Memory) -> None:
         self.job, self.model, self.memory = job, model, memory
         self.method = catalog.build(job.method)
-        self.needs = Needs.of(self.method.needs() - {RECONSTRUCTION})
+        self.needs = Needs.of(captured(self.method.needs()))
+        self.given = given(self.model, self.method.needs())
         self.regions = regions(job.prompt_tokens)
         config = model.hf.config
         bos = getattr(config, "bos_token_id", None)
@@ -263,11 +264,13 @@ class Measured:
             first = prefilled.logits.argmax(-1)
         with meter.phase("select"):
             dense = prefilled.dense(0)
+            own = passes(self.model, dense, ids, self.regions, self.job.new_tokens)
             ctx = Context(
                 n=n, heads=shapes.heads, kv_heads=shapes.kv_heads[0], token_ids=ids, regions=self.regions,
                 keys=dense.keys, values=dense.values, column_sums=dense.column_sums,
                 window_queries=dense.window_queries, scaling=prefilled.capture.scaling, sample_id=f"bench-{row}",
-                seed=self.job.seed, passes={RECONSTRUCTION: lambda: self._reconstruction(dense, ids)},
+                seed=self.job.seed, passes={**self.given, **own},
+                rope=rope, o_proj=self.model.o_proj, moments=dense.moments,
             )  # fmt: skip
             selection = select(self.method, ctx, self._budget())
         kept, end, rotate = selection.kept, n, None
@@ -282,11 +285,6 @@ class Measured:
 
         whole = Row(list(dense.keys), list(dense.values), kept, rotate)
         return Held(whole, first, end, payload_bytes(kept, shapes.dims), selection.flags)
-
-    def _reconstruction(self, dense: Dense, ids: list[int]) -> Any:
-        from kvcli.models.reconstruction import reconstruction
-
-        return reconstruction(self.model, dense, ids, self.regions)
 
     def _budget(self) -> Budget:
         size = (self.model.shapes.layers, self.model.shapes.kv_heads[0], self.job.strict_window)

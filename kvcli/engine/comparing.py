@@ -27,9 +27,10 @@ Key = tuple[str, str]
 
 
 def mode_of(cell: Cell, first_token: str | None = None) -> str:
-    """Cells of one mode are compared with one answer of `full`: task, shots, first-token mode, and how it was drawn."""
+    """Cells of one mode are compared with one answer of `full`: task, shots, first-token mode, weights, and how it was
+    drawn."""
     drawn = (cell.seed or 0, cell.draw) if cell.key.get("temperature") else ()
-    return _APART.join(map(str, (cell.task, cell.shots, first_token or cell.first_token, *drawn)))
+    return _APART.join(map(str, (cell.task, cell.shots, first_token or cell.first_token, cell.weights, *drawn)))
 
 
 @dataclass
@@ -103,7 +104,7 @@ class Comparer:
         if key not in self._references:
             mode = key[0].split(_APART)[2]
             cell = dataclasses.replace(
-                choice.cell, method="full", ratio="1", budget=None, decode=None, first_token=mode
+                choice.cell, method="full", ratio="1", budget=None, match=None, decode=None, first_token=mode
             )
             ask = self.asker.ask(prompts, choice.sample, cell, ready[choice.sample])
             self._references[key] = fidelity.reference(self.model, ask, self.answers[key], self.memory)

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from kvcli.engine.memory import CHUNK
@@ -63,6 +64,7 @@ class Group:
 
     task: str
     shots: int
+    weights: str
     sharing: int
     cells: int
     prompts: int
@@ -215,7 +217,7 @@ def _largest(slots: Sequence[int], room: int) -> int:
 
 @dataclass(frozen=True)
 class _Part:
-    """Cells of one prompt set that lack the same samples (by index)."""
+    """Cells of one prompt set and of the same weights that lack the same samples (by index)."""
 
     prompt_key: tuple[str, int]
     cells: list[Cell]
@@ -247,7 +249,8 @@ def _groups(
     prompt_sets: dict[tuple[str, int], PromptSet], parts: Sequence[_Part], methods: dict[str, Method]
 ) -> list[Group]:
     found = []
-    for (task, shots), prompts in prompt_sets.items():
+    axis = dict.fromkeys(part.cells[0].weights for part in parts)
+    for weights, ((task, shots), prompts) in product(axis, prompt_sets.items()):
         dense: set[int] = set()
         for sharing in (1, 2, 3):
             cells: set[str] = set()
@@ -255,7 +258,7 @@ def _groups(
             alone = 0
             for part in parts:
                 mine = [c.id for c in part.cells if methods[c.method].sharing == sharing]
-                if mine and part.prompt_key == (task, shots):
+                if mine and (part.prompt_key, part.cells[0].weights) == ((task, shots), weights):
                     cells.update(mine)
                     some.update(part.samples)
                     alone += len(mine) * sum(len(prompts.prompts[i].ids) for i in part.samples)
@@ -266,7 +269,7 @@ def _groups(
             new = sorted(some - dense)  # the first group of a prompt pays for its dense prefill
             dense |= some
             tokens = own + (_shared_tokens([prompts.prompts[i] for i in new]) if new else 0)
-            found.append(Group(task, shots, sharing, len(cells), len(some), tokens, alone))
+            found.append(Group(task, shots, weights, sharing, len(cells), len(some), tokens, alone))
     return found
 
 

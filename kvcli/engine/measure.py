@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 import torch
 
 from kvcli.engine.bench import MAX, Job, Target, target
-from kvcli.engine.bench_pass import RECONSTRUCTION, Measured, Pass
+from kvcli.engine.bench_pass import Measured, Pass
 from kvcli.engine.memory import is_out_of_memory
 from kvcli.engine.meter import memory_of
+from kvcli.engine.needs import PASSES
 from kvcli.errors import KvcliError
 from kvcli.methods import catalog
 from kvcli.models import loader
@@ -222,7 +223,7 @@ def _largest(measured: Measured, limit: int | None, say: Callable[[str], None]) 
 
 def _tokenizer(job: Job, on: Target) -> Any:
     """None where nothing needs one: prompts are token ids, and answers are never read."""
-    if RECONSTRUCTION not in catalog.build(job.method).needs():
+    if not PASSES & catalog.build(job.method).needs():
         return None
     return loader.load_tokenizer(on.source, trust_remote_code=job.trust_remote_code)
 

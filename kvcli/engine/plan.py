@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import product
 from typing import Any
 
 from kvcli.config import SweepConfig, stable_hash
@@ -13,10 +15,27 @@ from kvcli.evals.loader import task_names
 from kvcli.evals.spec import Task
 from kvcli.grammar import MethodText, parse_methods
 from kvcli.methods import catalog
-from kvcli.methods.base import Method
+from kvcli.methods.base import Method, Reader
 from kvcli.methods.composed import transform_of
+from kvcli.models import profiles
+from kvcli.models.source import parse_model
+from kvcli.weights.spec import DENSE, Weights, resolve
 
 MAX_DECODE_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A method whose bytes others are held to, prompt by prompt, and what was asked of it."""
+
+    method: str
+    ratio: str | None = None
+    budget: int | None = None
+
+    def __str__(self) -> str:
+        if self.ratio is not None:
+            return f"{self.method}@{self.ratio}"
+        return self.method if self.budget is None else f"{self.method}@{self.budget} KV"
 
 
 @dataclass(frozen=True)
@@ -38,18 +57,24 @@ class Cell:
     """Which of several sampled answers this is."""
     transformed: bool = False
     """Whether its pairs are stored in another form."""
+    reading: bool = False
+    """Whether each new token reads only some of the pairs."""
+    weights: str = DENSE
+    """The model's weights, as records name them."""
+    match: Anchor | None = None
+    """Whose bytes its budget is, in place of a ratio or a size."""
 
     @property
     def storage(self) -> str:
         """Rows of one kind share a decode batch: caches that only grow, those stored in other forms, or those of one
         method that evicts on."""
-        if self.decode:
+        if self.decode or self.reading:
             return self.method
         return "stored" if self.transformed else ""
 
     @property
     def prompt_key(self) -> tuple[str, int]:
-        """Cells with the same one share prompts, and so prefills."""
+        """Cells with the same one share prompts, and of the same weights prefills too."""
         return self.task, self.shots
 
     def describe(self) -> dict[str, Any]:
@@ -76,6 +101,7 @@ class PrefillBatch:
     samples: int
     """How many samples of the prompt set this generation of the grid has."""
     cells: tuple[Cell, ...]
+    weights: str = DENSE
 
     def decode_batches(self, rows: int, waves: int = 1) -> Iterator[DecodeBatch]:
         """Rows of one storage kind, in order of falling ratio, so that rows side by side are about equally long.
@@ -147,17 +173,23 @@ class Plan:
 
 
 def make_cells(config: SweepConfig, tasks: Iterable[Task], facts: dict[str, Any]) -> list[Cell]:
-    """All cells of the grid, `full` first. facts: model identity and template, part of every key."""
+    """All cells of the grid, `full` first. facts: model identity and template, part of every key.
+
+    Raises KvcliError where the calibration texts of pruned weights cannot be had.
+    """
     methods = [(text, catalog.build(text)) for text in parse_methods(config.methods)]
     full = parse_methods(["full"])[0]
     if config.full:
         methods = [(full, catalog.build(full)), *[m for m in methods if m[0] != full]]
+    anchors = [a for text, method in methods if is_anchor(method) for a in _anchors(config, text, method)]
     cells: dict[str, Cell] = {}
-    for task in tasks:
+    axis = [(w, {**facts, **w.facts()} if w.pruning else facts) for w in resolve(config.weights, config.calib)]
+    for (weights, known), task in product(axis, list(tasks)):
         for shots in config.shots or (task.shots,):
             for text, method in methods:
+                sizes = _sizes(config, method, anchors)
                 for first_token in config.first_token if method.kind != "in-prefill" else ("n/a",):
-                    for cell in _method_cells(config, task, shots, first_token, text, method, facts):
+                    for cell in _method_cells(config, task, shots, first_token, text, method, sizes, known, weights):
                         cells.setdefault(cell.id, cell)
     return list(cells.values())
 
@@ -167,6 +199,35 @@ def own_digest(task: Task) -> str | None:
     return None if task.name in task_names() else task.digest
 
 
+Size = tuple[str | None, int | None, Anchor | None]
+"""Kept ratio, budget or whose bytes; nothing of it where the method's own settings decide."""
+
+
+def is_anchor(method: Method) -> bool:
+    """Whether its bytes are its own affair: it has no ratio, or what it keeps is stored in another form. Not where it
+    keeps everything, only reads less, or reads the prompt anew."""
+    if isinstance(method, Reader) or method.kind == "in-prefill" or method.domain.points == (1.0,):
+        return False
+    return method.domain.kind != "continuous" or transform_of(method) is not None
+
+
+def is_matched(method: Method) -> bool:
+    """Whether it can be set to any number of bytes: it has a ratio, and what it keeps is stored as it is."""
+    return method.domain.kind == "continuous" and transform_of(method) is None
+
+
+def _sizes(config: SweepConfig, method: Method, anchors: Sequence[Anchor] = ()) -> list[Size]:
+    if config.match and is_matched(method):
+        return [(None, None, anchor) for anchor in anchors]
+    if method.domain.kind == "continuous":
+        return [(r, None, None) for r in config.ratios] + [(None, b, None) for b in config.budgets]
+    return [("1", None, None)] if method.domain.points == (1.0,) else [(None, None, None)]
+
+
+def _anchors(config: SweepConfig, text: MethodText, method: Method) -> list[Anchor]:
+    return [Anchor(str(text), ratio, budget) for ratio, budget, _ in _sizes(config, method)] if config.match else []
+
+
 def _method_cells(
     config: SweepConfig,
     task: Task,
@@ -174,17 +235,17 @@ def _method_cells(
     first_token: str,
     text: MethodText,
     method: Method,
+    sizes: Sequence[Size],
     facts: dict[str, Any],
+    weights: Weights,
 ) -> Iterator[Cell]:
     if first_token == "compressed" and not method.keeps_last:
         what = f"{text} may evict the last prompt token, which is fed again through the compressed cache"
         raise KvcliError(what, given=f"--method {text} --first-token {first_token}", fix="--first-token prefill")
-    sizes: list[tuple[str | None, int | None]]
-    if method.domain.kind == "continuous":
-        sizes = [(r, None) for r in config.ratios] + [(None, b) for b in config.budgets]
-    else:
-        sizes = [("1", None)] if method.domain.points == (1.0,) else [(None, None)]
-    for ratio, budget in sizes:
+    profile = profiles.check_profiles(parse_model(config.model), method.needs())
+    for ratio, budget, anchor in sizes:
+        more: dict[str, Any] = {"match": _anchor_key(anchor)} if anchor else {}
+        more |= {"head_profile": profile} if profile else {}
         for seed in config.seeds if method.seeded or config.temperature else (None,):
             for decode in decode_settings(config, method, ratio):
                 for draw in range(config.draws):
@@ -196,10 +257,15 @@ def _method_cells(
                         "strict_window": config.strict_window, "first_token": first_token, "query": "aware",
                         "decode": decode, "seed": seed, "temperature": config.temperature, "top_p": config.top_p,
                         "draw": draw, "max_new_tokens": config.max_new_tokens or task.max_new_tokens,
-                        "ignore_eos": config.ignore_eos,
+                        "ignore_eos": config.ignore_eos, **more,
                     }  # fmt: skip
                     yield Cell(stable_hash(key), task.name, shots, str(text), ratio, budget, first_token, seed, key,
-                               decode, draw, transform_of(method) is not None)  # fmt: skip
+                               decode, draw, transform_of(method) is not None, isinstance(method, Reader),
+                               weights.text, anchor)  # fmt: skip
+
+
+def _anchor_key(anchor: Anchor) -> dict[str, Any]:
+    return {**dataclasses.asdict(anchor), "code": catalog.code_hash(parse_methods([anchor.method])[0])}
 
 
 def decode_settings(config: SweepConfig, method: Method, ratio: str | None) -> list[dict[str, Any] | None]:
@@ -224,7 +290,7 @@ def decode_settings(config: SweepConfig, method: Method, ratio: str | None) -> l
 def make_plan(
     cells: Sequence[Cell], generations: Sequence[Generation], available: dict[tuple[str, int], int], prefill_rows: int
 ) -> Plan:
-    """Prefill batches per generation: what each added to those before it.
+    """Prefill batches per generation: what each added to those before it; those of one kind of weights together.
 
     available: samples each prompt set has. Batches depend on the generations alone, not on what is already recorded,
     so a resumed run forms the same ones.
@@ -234,16 +300,25 @@ def make_plan(
     batches: list[PrefillBatch] = []
     for number, generation in enumerate(generations):
         asked = [by_id[i] for i in generation.cells if i in by_id]
-        for prompt_key in dict.fromkeys(cell.prompt_key for cell in asked):
+        for weights, prompt_key in dict.fromkeys((cell.weights, cell.prompt_key) for cell in asked):
             count = min(available[prompt_key], generation.limit or available[prompt_key])
-            group = [c for c in asked if c.prompt_key == prompt_key and covered.get(c.id, 0) < count]
-            batches += _batches(number, prompt_key, group, covered, count, prefill_rows)
+            mine = (c for c in asked if (c.weights, c.prompt_key) == (weights, prompt_key))
+            group = [c for c in mine if covered.get(c.id, 0) < count]
+            batches += _batches(number, prompt_key, weights, group, covered, count, prefill_rows)
             covered.update((c.id, count) for c in group)
+    order = list(dict.fromkeys([DENSE, *(cell.weights for cell in cells)]))
+    batches.sort(key=lambda batch: order.index(batch.weights))  # each model is made once
     return Plan(by_id, tuple(batches), dict(available))
 
 
 def _batches(
-    number: int, prompt_key: tuple[str, int], group: list[Cell], covered: dict[str, int], count: int, rows: int
+    number: int,
+    prompt_key: tuple[str, int],
+    weights: str,
+    group: list[Cell],
+    covered: dict[str, int],
+    count: int,
+    rows: int,
 ) -> Iterator[PrefillBatch]:
     """Cells that already have some samples get the rest; borders of batches lie on multiples of `rows`."""
     task, shots = prompt_key
@@ -257,10 +332,11 @@ def _batches(
                 by_first.setdefault(first, []).append(cell)
         order = sorted(by_first.items(), key=lambda item: (all(c.method != "full" for c in item[1]), item[0]))
         for first, members in order:  # `full` first: the others are compared with its output
-            name = f"g{number}-{task}-s{shots}-p{first:05d}"
+            model = "" if weights == DENSE else f"-w{stable_hash(weights, 6)}"
+            name = f"g{number}-{task}-s{shots}{model}-p{first:05d}"
             cells = whole if len(members) == len(whole) else tuple(members)
-            yield PrefillBatch(name, task, shots, first, end, count, cells)
+            yield PrefillBatch(name, task, shots, first, end, count, cells, weights)
 
 
-def ratio_of(cell: Cell) -> Decimal | None:
+def ratio_of(cell: Cell | Anchor) -> Decimal | None:
     return Decimal(cell.ratio) if cell.ratio is not None else None

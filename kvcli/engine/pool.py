@@ -106,6 +106,7 @@ class PoolCache(CompressedCache):
     def settle(self, layer: int, attention: Tensor | None) -> None:
         pool: Pool = self.layers[layer].slots
         view = pool.view(layer, self.heads, attention)
+        view.keys = self.layers[layer]._keys[:, :, : view.position.shape[2]]
         self.method.decode_update(view)
         if pool.clock.anything_due:
             over = (view.competing.sum(-1) - view.cap[:, :, 0]).clamp_min(0) * pool.clock.due

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from kvcli.attention.capture import Dense, Needs
+from kvcli.attention.capture import Dense, Needs, band
+from kvcli.cache.rows import Row
+from kvcli.engine.generate import Ask, Start, StopRules, end_tokens, generate
 from kvcli.engine.memory import CHUNK
+from kvcli.engine.needs import captured, given
 from kvcli.engine.plan import PrefillBatch
 from kvcli.engine.prefixes import PrefixCache, question_start, shared_cuts
 from kvcli.engine.prepare import PromptSet
+from kvcli.kvpress import client as kvpress
 from kvcli.methods.context import Context
+from kvcli.models.answering import LONGEST, Answered, answered
 from kvcli.models.reconstruction import reconstruction
 from kvcli.models.wrapper import Model, Prefilled
-
-PASSES = frozenset({"reconstruction"})
-"""Needs that an extra pass of the model meets, not the prefill."""
+from kvcli.spans import Region
 
 
 @dataclass
@@ -37,12 +41,16 @@ class Prefiller:
     """Prefills samples behind the prefixes they share, in passes of at most one chunk of tokens."""
 
     model: Model
+    max_new_tokens: int | None = None
+    """How long an answer may be where the run says it, not the task."""
+    _given: dict[str, Callable[[], Any]] = field(default_factory=dict, repr=False)
     _shared: dict[Any, tuple[list[tuple[int, ...]], PrefixCache]] = field(default_factory=dict)
 
     def run(self, prompts: PromptSet, batch: PrefillBatch, rows: Sequence[int], names: set[str]) -> dict[int, Ready]:
         """The batch's samples `rows` with the statistics `names` of `Method.needs()`."""
         started = time.perf_counter()
-        needs = Needs.of(names - PASSES)
+        needs = Needs.of(captured(names))
+        self._given |= given(self.model, names - self._given.keys())
         cuts, prefixes = self._prefixes(prompts, batch, needs)
         groups: dict[tuple[int, ...], list[int]] = {}
         for row in rows:
@@ -96,14 +104,50 @@ class Prefiller:
         return self._shared[key]
 
     def _context(self, dense: Dense, scaling: list[float], prompts: PromptSet, index: int) -> Context:
-        prompt, shapes = prompts.prompts[index], self.model.shapes
-        again = partial(reconstruction, self.model, dense, prompt.ids, prompt.regions)
+        prompt, shapes, task = prompts.prompts[index], self.model.shapes, prompts.task
+        length = self.max_new_tokens or task.max_new_tokens
         return Context(
             n=dense.n, heads=shapes.heads, kv_heads=shapes.kv_heads[0], token_ids=prompt.ids, regions=prompt.regions,
             keys=dense.keys, values=dense.values, column_sums=dense.column_sums, window_queries=dense.window_queries,
             scaling=scaling, sample_id=prompts.samples[index].id, seed=0, token_text=prompt.token_text,
-            passes={"reconstruction": again}, rope=self.model.rope, o_proj=self.model.o_proj,
+            passes={**self._given, **passes(self.model, dense, prompt.ids, prompt.regions, length, task.until)},
+            rope=self.model.rope, o_proj=self.model.o_proj, moments=dense.moments,
         )  # fmt: skip
+
+
+def passes(
+    model: Model,
+    dense: Dense,
+    ids: Sequence[int],
+    regions: Sequence[Region],
+    max_new_tokens: int,
+    until: tuple[str, ...] = (),
+) -> dict[str, Callable[[], Any]]:
+    """The extra passes over one prefilled prompt, each run only when a method asks for it."""
+    return {
+        "reconstruction": partial(reconstruction, model, dense, ids, regions),
+        "answer": partial(_answer, model, dense, ids, max_new_tokens, until),
+        "kvpress": lambda: kvpress.kept,
+        "bands": lambda: partial(_band_sums, model, ids),
+    }
+
+
+def _answer(model: Model, dense: Dense, ids: Sequence[int], max_new_tokens: int, until: tuple[str, ...]) -> Answered:
+    """What the prompt's keys receive from the full cache's own greedy answer."""
+    context = model.shapes.context
+    room = LONGEST if context is None else max(1, min(LONGEST, context - dense.n + 1))
+    rules = StopRules(min(max_new_tokens, room), end_tokens(model), until)
+    before = [torch.arange(dense.n - 1)] * len(dense.keys)
+    ask = Ask(Row(dense.keys, dense.values, before), Start(ids[-1], dense.n - 1), rules)
+    ((_, answer),) = generate(model, [ask])
+    return answered(model, dense, ids[-1], answer.ids)
+
+
+def _band_sums(model: Model, ids: Sequence[int], width: int) -> list[Tensor]:
+    """Per layer [H, n]: the prompt is read again, because a shared prefix does not know which widths its prompts
+    need."""
+    needs = Needs(bands=frozenset({width}))
+    return model.prefill_one(ids, needs, len(ids) - 1, chunk=CHUNK)[0].column_sums[band(width)]
 
 
 def _together(rows: list[int], lengths: list[int]) -> Iterator[list[int]]:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcli.config import SweepConfig, folder_hash
-from kvcli.engine.plan import Cell, Generation, Plan, decode_settings, make_cells, make_plan
+from kvcli.engine.needs import strange
+from kvcli.engine.plan import Cell, Generation, Plan, decode_settings, is_anchor, is_matched, make_cells, make_plan
 from kvcli.errors import KvcliError
 from kvcli.evals.loader import find_tasks, task_names
 from kvcli.evals.spec import Sample, Task
 from kvcli.grammar import parse_ratios, ratio_text
+from kvcli.kvpress import client as kvpress
 from kvcli.methods import catalog
-from kvcli.models import loader
+from kvcli.methods.base import Transform
+from kvcli.models import loader, profiles
 from kvcli.models.source import ModelSource, fingerprint, parse_model
+from kvcli.weights import calibration
+from kvcli.weights.spec import Weights, canonical, parse_weights, resolve
 
 if TYPE_CHECKING:
     from kvcli.models.prompt import Prompt
 
-NEED = re.compile(r"column_sum(:question)?|window:\d+|reconstruction")
-"""What kvcli.attention.capture knows, checked here without torch."""
 
 DEFAULT_METHODS = ("tier1",)
 DEFAULT_RATIOS = ("0.1..0.9:0.2",)
@@ -36,6 +39,10 @@ class Request:
     source: ModelSource
     tasks: tuple[Task, ...]
     out: str
+
+    @property
+    def weights(self) -> list[Weights]:
+        return resolve(self.config.weights, self.config.calib)
 
 
 @dataclass
@@ -59,6 +66,8 @@ class Prepared:
     cells: list[Cell]
     prompt_sets: dict[tuple[str, int], PromptSet]
     warnings: list[str]
+    calibration: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Per pruned weights, as records name them, the texts they are calibrated on."""
 
     def plan(self, generations: Sequence[Generation], prefill_rows: int) -> Plan:
         available = {key: len(s.samples) for key, s in self.prompt_sets.items()}
@@ -68,13 +77,17 @@ class Prepared:
 def check(config: SweepConfig) -> Request:
     """Everything that can be checked without torch. Raises KvcliError."""
     source = parse_model(config.model)
+    kvpress.choose(config.kvpress_python)
     methods = [str(m) for m in catalog.expand(config.methods or DEFAULT_METHODS)]
     for method in methods:
-        _check_needs(method)
+        _check_needs(method, source)
     if config.ratios and config.budgets:
         given = f"--ratio {','.join(config.ratios)} --budget {','.join(map(str, config.budgets))}"
         raise KvcliError("--ratio and --budget exclude each other", given=given, fix="keep one of them")
-    ratios = () if config.budgets else tuple(map(ratio_text, parse_ratios(config.ratios or DEFAULT_RATIOS)))
+    sized = _check_match(config, methods)
+    ratios = (
+        () if config.budgets or not sized else tuple(map(ratio_text, parse_ratios(config.ratios or DEFAULT_RATIOS)))
+    )
     _positive("--limit", config.limit)
     _positive("--max-new-tokens", config.max_new_tokens)
     _positive("--max-prompt-tokens", config.max_prompt_tokens)
@@ -92,16 +105,59 @@ def check(config: SweepConfig) -> Request:
     _one_of("--attn", config.attn, ("auto", "flash", "sdpa", "blockwise", "reference"))
     for mode in config.first_token:
         _one_of("--first-token", mode, ("compressed", "prefill"))
+    weights = _check_weights(config, source)
     decode_ratios = _check_decoding(config, methods)
     _check_sampling(config)
-    tasks = tuple(find_tasks(config.tasks or (("testbed",) if source.kind == "testbed" else ("gsm8k",))))
+    tasks = tuple(find_tasks(config.tasks or ((source.suite or "gsm8k"),)))
     config = dataclasses.replace(
         config, methods=tuple(methods), ratios=ratios, tasks=tuple(map(task_text, tasks)),
         seeds=tuple(dict.fromkeys(config.seeds)), shots=tuple(dict.fromkeys(config.shots)),
         first_token=tuple(dict.fromkeys(config.first_token)), decode_ratios=decode_ratios,
-        decode_budgets=tuple(dict.fromkeys(config.decode_budgets)),
+        decode_budgets=tuple(dict.fromkeys(config.decode_budgets)), weights=weights,
     )  # fmt: skip
     return Request(config, source, tasks, config.out or f"runs/{source.short}-{folder_hash(config)}")
+
+
+def _check_match(config: SweepConfig, methods: Sequence[str]) -> bool:
+    """Whether any method takes a ratio or a budget: with --match none does but anchors that evict before they store.
+
+    Raises KvcliError where there is nothing to match, or nothing that could be matched.
+    """
+    if config.match is None:
+        return True
+    _one_of("--match", config.match, ("bytes",))
+    built = {text: catalog.build(text) for text in methods}
+    anchors = [text for text, method in built.items() if is_anchor(method)]
+    given = f"--method {','.join(methods)} --match bytes"
+    if not anchors:
+        known = [n for n in catalog.names() if issubclass(catalog.find(n), Transform)] or ["./mine.py:MyTransform"]
+        what = "there is nothing to match: none of these methods has a size of its own"
+        raise KvcliError(what, given=given, fix=f"beside them one of {', '.join(known)}, or without --match")
+    if not any(is_matched(method) for method in built.values()):
+        what = "nothing can be matched: none of these methods takes any ratio"
+        raise KvcliError(what, given=given, fix="beside them methods with a ratio, as tier1")
+    sized = any(built[text].domain.kind == "continuous" for text in anchors)
+    if not sized and (config.ratios or config.budgets):
+        option = f"--ratio {','.join(config.ratios)}" if config.ratios else f"--budget {config.budgets[0]}"
+        what = f"--match bytes sets every size to the bytes of {', '.join(anchors)}"
+        raise KvcliError(what, given=f"{option} --match bytes", fix=f"without {option.split()[0]}, or without --match")
+    return sized
+
+
+def _check_weights(config: SweepConfig, source: ModelSource) -> tuple[str, ...]:
+    """The canonical texts of the weights axis. Raises KvcliError for other forms and for missing calibration texts."""
+    values = parse_weights(config.weights or ("dense",))
+    texts = tuple(map(canonical, values))
+    if any(values) and config.calib is None and source.kind != "testbed":
+        given = f"--model {config.model} --weights {','.join(texts)}"
+        what = "pruned weights need texts to be calibrated on"
+        raise KvcliError(what, given=given, fix="--calib FILE with texts of the kind the model is used for")
+    if config.calib is not None and not any(values):
+        what = "--calib changes nothing without pruned weights"
+        fix = "--weights dense,sparsegpt:sparsity=0.5 beside it"
+        raise KvcliError(what, given=f"--calib {config.calib}", fix=fix)
+    resolve(texts, config.calib)
+    return texts
 
 
 def _check_decoding(config: SweepConfig, methods: Sequence[str]) -> tuple[str, ...]:
@@ -124,8 +180,9 @@ def _check_decoding(config: SweepConfig, methods: Sequence[str]) -> tuple[str, .
     _positive("--decode-interval", config.decode_interval)
     for size in config.decode_budgets:
         _positive("--decode-budget", size)
-    if config.budgets and "same" in texts:
-        given = f"--budget {config.budgets[0]} --decode-ratio same"
+    if (config.budgets or config.match) and "same" in texts:
+        other = f"--budget {config.budgets[0]}" if config.budgets else f"--match {config.match}"
+        given = f"{other} --decode-ratio same"
         raise KvcliError("--decode-ratio same needs --ratio", given=given, fix="--decode-ratio 0.5")
     if not asked and config.decode_interval != 1:
         what = "--decode-interval changes nothing without compression while generating"
@@ -188,11 +245,13 @@ def _positive(option: str, value: float | None, shift: int = 0) -> None:
         )
 
 
-def _check_needs(method: str) -> None:
-    wrong = [n for n in catalog.build(method).needs() if not NEED.fullmatch(n)]
+def _check_needs(method: str, source: ModelSource) -> None:
+    needs = catalog.build(method).needs()
+    wrong = strange(needs)
     if wrong:
-        fix = "needs() may name column_sum, column_sum:question, window:W and reconstruction"
+        fix = "docs/adding-a-method.md lists what needs() may name: column_sum, window:W, reconstruction, ..."
         raise KvcliError(f"unknown statistic '{wrong[0]}'", given=f"--method {method}", fix=fix)
+    profiles.check_profiles(source, needs)
 
 
 def _one_of(option: str, value: str, choices: Sequence[str]) -> None:
@@ -218,8 +277,11 @@ def prepare(request: Request, limit: int | None, say: Callable[[str], None] = la
     commit = getattr(model_config, "_commit_hash", None)
     revision = {"revision": commit} if request.source.kind == "hub" and commit else {}
     identity = {**fingerprint(request.source), **revision, "tokenizer": config.tokenizer or "its own", "dtype": dtype}
-    facts = {**identity, "weights": "dense", "template": config.template}
+    for method in config.methods:
+        profiles.check_profiles(request.source, catalog.build(method).needs(), model_config)
+    facts = cell_facts(identity, config)
     cells = make_cells(config, request.tasks, facts)
+    texts = {w.text: _calibration(w, request, tokenizer, model_config) for w in request.weights if w.pruning}
     context = getattr(model_config, "max_position_embeddings", None)
     prompt_sets: dict[tuple[str, int], PromptSet] = {}
     warnings: list[str] = list(filter(None, [_without_decode_phase(config, config.methods)]))
@@ -238,4 +300,17 @@ def prepare(request: Request, limit: int | None, say: Callable[[str], None] = la
             ]  # fmt: skip
             warnings += filter(None, [_strange_words(task, prompts, tokenizer)])
             prompt_sets[task.name, shots] = PromptSet(task, shots, samples, prompts)
-    return Prepared(request, model_config, tokenizer, dtype, device, identity, cells, prompt_sets, warnings)
+    return Prepared(request, model_config, tokenizer, dtype, device, identity, cells, prompt_sets, warnings, texts)
+
+
+def cell_facts(identity: dict[str, Any], config: SweepConfig) -> dict[str, Any]:
+    """What the keys of all cells of a folder have in common; pruned weights put theirs in place of the dense ones."""
+    return {**identity, "weights": "dense", "template": config.template}
+
+
+def _calibration(weights: Weights, request: Request, tokenizer: Any, model_config: Any) -> list[list[int]]:
+    if weights.pruning is None:
+        return []
+    context = getattr(model_config, "max_position_embeddings", None)
+    testbed = Path(request.source.place) if request.source.kind == "testbed" else None
+    return calibration.sequences(weights.pruning, weights.calibration, tokenizer, context, testbed)

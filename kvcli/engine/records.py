@@ -29,7 +29,8 @@ def _base(cell: Cell, prompts: PromptSet, sample: Sample, method: Method, batch:
         schema=SCHEMA, cell_id=cell.id, sample_id=sample.id, task=cell.task, ability=prompts.task.ability,
         method=cell.method, settings=method.settings(), ratio=None if cell.ratio is None else float(cell.ratio),
         budget=cell.budget, first_token=cell.first_token, query="aware", shots=cell.shots, seed=cell.seed,
-        draw=cell.draw, decode=cell.decode,
+        draw=cell.draw, decode=cell.decode, weights=cell.weights,
+        match=None if cell.match is None else str(cell.match),
         metric=prompts.task.metric, target=sample.target, cluster=sample.cluster or None, flags=[], batch_id=batch,
     )  # fmt: skip
     return record
@@ -47,10 +48,10 @@ def error_record(
 def ok_record(
     *, cell: Cell, prompts: PromptSet, sample: Sample, prompt: Prompt, method: Method, selection: Selection,
     output: Generated, full: list[int] | None, distance: Distance | None, dims: Sequence[tuple[int, int]], n: int,
-    seconds: dict[str, Any], batch: str, payload: int | None = None,
+    seconds: dict[str, Any], batch: str, payload: int | None = None, matched: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """A finished sample. full: output ids of `full` in the same first-token mode, for the first divergence. payload:
-    bytes of the prompt's kept pairs, where a transform stores them."""
+    bytes of the prompt's kept pairs, where a transform stores them. matched: bytes they were to have."""
     record = _base(cell, prompts, sample, method, batch)
     kv_heads = dims[0][0]
     counts = [count for layer in kept_counts(selection.kept, kv_heads) for count in layer]
@@ -75,13 +76,17 @@ def ok_record(
         output=output.text, output_ids=output.ids, finish=output.finish, n_prompt=n, n_new=len(output.ids),
         measured_ratio=round(kept / dense, SAVED_DIGITS), kept=round(sum(counts) / len(counts), 3),
         flags=sorted(flags), notes=selection.notes,
-        kv_bytes={"full": dense, "prefill": kept, "end": end},
+        kv_bytes={"full": dense, "prefill": kept, "end": end, "read": _whole(output.read), "match": matched},
         alloc_bytes=output.alloc, repetition=repetition(output.ids),
         kept_by_region={k: round(t / s, 4) for k, (t, s) in by_region.items() if s},
         fidelity=_fidelity(output.ids, full, distance), prompt_sha=prompt.sha,
         seconds={k: v if isinstance(v, bool) else round(v, SAVED_DIGITS) for k, v in seconds.items()},
     )  # fmt: skip
     return record
+
+
+def _whole(number: float | None) -> int | None:
+    return None if number is None else round(number)
 
 
 GRAM = 4

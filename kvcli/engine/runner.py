@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any, Protocol
 
 import torch
 
 from kvcli.attention.patch import Idle, patched
 from kvcli.cache.kv_cache import CompressedCache
+from kvcli.cache.reading import ReadingCache
 from kvcli.cache.stored import StoredCache
 from kvcli.cache.workspace import Workspace
 from kvcli.engine.asking import Asker, Choice
@@ -22,7 +23,8 @@ from kvcli.engine.comparing import Comparer, mode_of
 from kvcli.engine.fidelity import Distance
 from kvcli.engine.generate import Ask, AskOutOfMemory, Build, Generated, OutOfRoom, generate
 from kvcli.engine.memory import Room, is_out_of_memory
-from kvcli.engine.plan import MAX_DECODE_ROWS, WAVES, Cell, DecodeBatch, Plan, PrefillBatch
+from kvcli.engine.needs import require
+from kvcli.engine.plan import MAX_DECODE_ROWS, WAVES, Anchor, Cell, DecodeBatch, Plan, PrefillBatch
 from kvcli.engine.pool import PoolCache
 from kvcli.engine.prefilling import Prefiller, Ready
 from kvcli.engine.prepare import PromptSet
@@ -32,6 +34,8 @@ from kvcli.errors import Exit
 from kvcli.methods import catalog
 from kvcli.methods.base import Method
 from kvcli.models.wrapper import Model
+from kvcli.weights.model import Stopped
+from kvcli.weights.spec import DENSE
 
 Key = tuple[str, str]
 Finished = tuple[Ask, Generated]
@@ -82,6 +86,10 @@ class Runner:
     """Samples per task this command asked for (None: all the plan has)."""
     full_outputs: dict[Key, list[int]] = field(default_factory=dict)
     """output_ids of `full` by (first-token mode and sample): what other rows are compared with."""
+    enter: Callable[[str], Model] | None = None
+    """Gives the model with other weights; the one before is no longer used. None: all batches are of one kind."""
+    weights: str = DENSE
+    """The weights that `model` has."""
 
     def __post_init__(self) -> None:
         self.done = self.sink.done_keys()
@@ -96,22 +104,46 @@ class Runner:
         and a time limit that stops before anything new would stop there again and again."""
 
     def run(self) -> Outcome:
-        self.prefiller = Prefiller(self.model)
-        self.asker = Asker(self.model, self.options, self._method)
-        self.comparer = Comparer(self.model, self.asker, self.full_outputs)
         every = [(self.prompt_sets[b.task, b.shots], b, d.rows) for b in self.plan.batches for d in self._decodes(b)]
         self.total = sum(self._asked(c, b.start + i) for _, b, rows in every for i, c in rows)
         self._tick(self.total - sum(self._open(*item) for item in every), "")
-        with patched(self.model.hf, Idle()):
-            for batch in self.plan.batches:
-                if self.outcome.stopped is None:
-                    self._prefill_batch(batch)
+        for weights, batches in groupby(self.plan.batches, key=lambda batch: batch.weights):
+            missing = [batch for batch in batches if self._todo(batch)]
+            if not missing or not self._entered(weights):
+                continue
+            require(self.model, {c.method: self._needs(c) for batch in missing for c in batch.cells})
+            self.prefiller = Prefiller(self.model, self.options.max_new_tokens)
+            self.asker = Asker(self.model, self.options, self._method)
+            self.comparer = Comparer(self.model, self.asker, self.full_outputs)
+            with patched(self.model.hf, Idle()):
+                for batch in missing:
+                    if self.outcome.stopped is None:
+                        self._prefill_batch(batch)
         return self.outcome
 
-    def _method(self, cell: Cell) -> Method:
+    def _entered(self, weights: str) -> bool:
+        """Whether the model has these weights now; False where the command was asked to stop meanwhile."""
+        if self.enter is None or weights == self.weights:
+            return True
+        if self._stopped():
+            return False
+        self.prefiller = self.asker = self.comparer = self.model = None  # type: ignore[assignment]
+        try:
+            self.model = self.enter(weights)
+        except Stopped:
+            return False
+        self.weights = weights
+        return True
+
+    def _method(self, cell: Cell | Anchor) -> Method:
         if cell.method not in self.methods:
             self.methods[cell.method] = catalog.build(cell.method)
         return self.methods[cell.method]
+
+    def _needs(self, cell: Cell) -> frozenset[str]:
+        """What its method reads, and the one whose bytes it is held to."""
+        needed = self._method(cell).needs()
+        return needed | self._method(cell.match).needs() if cell.match else needed
 
     def _asked(self, cell: Cell, index: int) -> bool:
         """Whether this command wants a record of the cell for the task's sample of this index."""
@@ -127,11 +159,11 @@ class Runner:
 
     def anything_missing(self) -> bool:
         """Whether any row of the wanted cells has no record yet."""
-        return any(
-            self._open(self.prompt_sets[b.task, b.shots], b, d.rows)
-            for b in self.plan.batches
-            for d in self._decodes(b)
-        )
+        return any(self._todo(batch) for batch in self.plan.batches)
+
+    def stopping(self) -> bool:
+        """Whether the command was asked to stop; asks again."""
+        return self._stopped()
 
     def _stopped(self) -> bool:
         if self.outcome.stopped is None:
@@ -143,16 +175,20 @@ class Runner:
         self.progress(self.seen, self.total, label)
 
     def _prefill_batch(self, batch: PrefillBatch) -> None:
-        prompts = self.prompt_sets[batch.task, batch.shots]
-        todo = [d for d in self._decodes(batch) if self._open(prompts, batch, d.rows)]
+        prompts, todo = self.prompt_sets[batch.task, batch.shots], self._todo(batch)
         if todo and not self._stopped():
             self._samples(prompts, batch, todo, list(range(batch.end - batch.start)))
+
+    def _todo(self, batch: PrefillBatch) -> list[DecodeBatch]:
+        """Its decode batches in which a record is missing."""
+        prompts = self.prompt_sets[batch.task, batch.shots]
+        return [d for d in self._decodes(batch) if self._open(prompts, batch, d.rows)]
 
     def _samples(self, prompts: PromptSet, batch: PrefillBatch, todo: list[DecodeBatch], rows: list[int]) -> None:
         """These samples of the batch, prefilled together or, where memory does not allow it, half by half."""
         if self._stopped():
             return
-        names = {name for cell in batch.cells for name in self._method(cell).needs()}
+        names = {name for cell in batch.cells for name in self._needs(cell)}
         failure: BaseException | None = None
         try:
             ready = self.prefiller.run(prompts, batch, rows, names)
@@ -259,6 +295,8 @@ class _Decoding:
 
     def _build(self) -> Build:
         cell = self.decode.rows[0][1]
+        if cell.reading:
+            return partial(ReadingCache, self.runner._method(cell))  # type: ignore[arg-type]
         if cell.decode is None:
             return StoredCache if cell.transformed else CompressedCache
         return partial(PoolCache, self.runner._method(cell), self.runner.model.shapes.heads)
@@ -323,7 +361,7 @@ class _Decoding:
                 cell=cell, prompts=self.prompts, sample=sample, prompt=prompt, method=runner._method(cell),
                 selection=choice.selection, output=output, full=runner.comparer.answer(choice), distance=distance,
                 dims=runner.model.shapes.dims, n=choice.context.n, seconds=times, batch=self.decode.id,
-                payload=choice.payload,
+                payload=choice.payload, matched=choice.matched,
             )  # fmt: skip
         except Exception as error:  # a task's or a plugin's fault: that sample's result
             self._failed(choice.sample, cell, error)

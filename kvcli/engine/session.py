@@ -7,16 +7,18 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcli.config import GRID, HOUSEKEEPING, SweepConfig
 from kvcli.engine.estimate import Estimate, Sizes, estimate, rows_that_fit
 from kvcli.engine.plan import MAX_DECODE_ROWS, Cell, Generation, Plan, make_cells
-from kvcli.engine.prepare import Prepared, Request, prepare, task_text
+from kvcli.engine.prepare import Prepared, Request, cell_facts, prepare, task_text
 from kvcli.errors import KvcliError
 from kvcli.methods import catalog
 from kvcli.results.schema import SCHEMA
+from kvcli.weights.spec import DENSE
 
 if TYPE_CHECKING:
     from kvcli.results.store import RunStore
@@ -115,10 +117,12 @@ def _all_cells(prepared: Prepared, generations: list[dict[str, Any]]) -> list[Ce
     """The wanted cells and those earlier commands asked for on the same prompts, so that batches form as they did."""
     request = prepared.request
     cells = {cell.id: cell for cell in prepared.cells}
-    facts = {**prepared.identity, "weights": "dense", "template": request.config.template}
+    facts = cell_facts(prepared.identity, request.config)
+    before = {name: value for name, value in SweepConfig().to_dict().items() if name in GRID}
     keys = set(prepared.prompt_sets)
     for generation in generations:
-        config = SweepConfig.from_dict({**request.config.to_dict(), **generation["grid"]}, given="run.json")
+        values = {**request.config.to_dict(), **before, **generation["grid"]}  # an older grid lacks newer axes
+        config = SweepConfig.from_dict(values, given="run.json")
         tasks = [t for t in request.tasks if task_text(t) in config.tasks]
         try:
             earlier = make_cells(config, tasks, facts)
@@ -213,9 +217,8 @@ def execute(
     """Runs what is missing of the wanted cells and returns the runner's Outcome."""
     import torch
 
+    from kvcli.engine.reweighting import Models
     from kvcli.engine.runner import Options, Outcome, Runner
-    from kvcli.models import loader
-    from kvcli.models.wrapper import Model
     from kvcli.results import provenance
     from kvcli.results.store import now, read_records
 
@@ -242,12 +245,8 @@ def execute(
         )  # fmt: skip
         if runner.anything_missing():
             runner.full_outputs = _full_outputs(read_records(session.folder), session.plan)
-            say(f"loading {prepared.request.source.text} ({prepared.dtype}, {prepared.device})")
-            hf = loader.load_weights(
-                prepared.model_config, prepared.request.source, prepared.dtype, prepared.device,
-                trust_remote_code=config.trust_remote_code,
-            )  # fmt: skip
-            runner.model = Model(hf, prepared.tokenizer, name=prepared.request.source.text, attn=config.attn)
+            runner.enter = Models(prepared, say, partial(_pruned, store), runner.stopping).enter
+            runner.model = runner.enter(DENSE)  # what cannot be loaded or run is refused before anything is written
         with store.edit_run() as run:
             run.update(session.run)
             run.update(
@@ -273,6 +272,11 @@ def execute(
                 if outcome.halved:
                     run["batching"]["out_of_memory"] = [*run["batching"].get("out_of_memory", ()), *outcome.halved]
     return outcome
+
+
+def _pruned(store: RunStore, weights: str, facts: dict[str, Any]) -> None:
+    with store.edit_run() as run:
+        run["weights"] = {**run.get("weights", {}), weights: facts}
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from kvcli.models.wrapper import Model
 BATCH = 20
 ANSWER = 32
 """Tokens of the longest answer, and a little more."""
-SHORT, FEW = 300, 4
-"""Prompts below SHORT tokens have room for FEW examples."""
+FEW = 4
+"""Shorter prompts have room for fewer examples than the task's, these at least."""
 
 
 def measure(
@@ -49,7 +49,8 @@ def measure(
         row: dict[str, Any] = {"length": length, "longest": 0, "samples": samples, "accuracy": {}}
         for task in find_tasks([suite]):
             exam = dataclasses.replace(task, prompt_tokens=length, size=samples)  # type: ignore[call-arg]
-            share, longest = _accuracy(model, exam, min(task.shots, FEW) if length < SHORT else task.shots)
+            fewer = max(FEW, task.shots * length // task.prompt_tokens)  # type: ignore[attr-defined]
+            share, longest = _accuracy(model, exam, min(task.shots, fewer))
             row["accuracy"][task.name.partition("_")[2]] = share
             row["longest"] = max(row["longest"], longest)
             done += 1

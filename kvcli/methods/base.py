@@ -29,9 +29,12 @@ def setting(
     le: float | None = None,
     choices: Sequence[str] | None = None,
     odd: bool = False,
+    paper: str | None = None,
 ) -> Any:
-    """A dataclass field that users set as `method:name=value`, with its stated range."""
-    return field(default=default, metadata={"help": help, "ge": ge, "le": le, "choices": choices, "odd": odd or None})
+    """A dataclass field that users set as `method:name=value`, with its stated range. paper: the source's value, where
+    it is another one or the source has several."""
+    facts = {"help": help, "ge": ge, "le": le, "choices": choices, "odd": odd or None, "paper": paper}
+    return field(default=default, metadata=facts)
 
 
 def setting_fields(cls: type[Method]) -> list[dataclasses.Field[Any]]:

@@ -15,8 +15,10 @@ from typing import Any
 
 from kvcli.errors import KvcliError, unknown
 from kvcli.grammar import MethodText, Part, parse_methods
+from kvcli.kvpress.presses import PREFIX, VERSION
+from kvcli.methods._kvpress import Kvpress, build_press
 from kvcli.methods._ranked import RankedMethod
-from kvcli.methods.base import Method, Wrapper, setting_fields
+from kvcli.methods.base import Merge, Method, Wrapper, setting_fields
 from kvcli.methods.composed import Composed
 
 _NOT_METHODS = {"__init__", "base", "catalog", "composed", "context", "generating"}
@@ -26,6 +28,11 @@ _NOT_METHODS = {"__init__", "base", "catalog", "composed", "context", "generatin
 def names() -> tuple[str, ...]:
     """All methods known by name: files of this package (without a leading underscore) and entry points."""
     return tuple(sorted({*_files(), *_entry_points()}))
+
+
+def own_names() -> tuple[str, ...]:
+    """The methods that come with kvcli."""
+    return tuple(sorted(_files()))
 
 
 def _files() -> set[str]:
@@ -46,6 +53,8 @@ def _is_method(value: object) -> bool:
 
 def find(source: str) -> type[Method]:
     """The class behind a name, an entry point or PATH.py:CLASS. Raises KvcliError when there is none."""
+    if source.startswith(PREFIX):
+        return Kvpress
     return _from_file(source) if ".py:" in source else _by_name(source)
 
 
@@ -111,7 +120,8 @@ def _digest(path: Path) -> str:
 def code_hash(method: MethodText) -> str | None:
     """Hash of the files of PATH.py:CLASS parts, so that an edited plugin is a new cell; None without such parts."""
     files = [Path(p.source.rpartition(":")[0]).expanduser() for p in method.parts if ".py:" in p.source]
-    return "-".join(_digest(f) for f in files) or None
+    presses = [f"kvpress {VERSION}" for p in method.parts if p.source.startswith(PREFIX)]
+    return "-".join([*map(_digest, files), *presses]) or None
 
 
 def expand(texts: Iterable[str]) -> list[MethodText]:
@@ -120,6 +130,9 @@ def expand(texts: Iterable[str]) -> list[MethodText]:
     for method in parse_methods(texts):
         for one in _group(method):
             text = canonical(one)
+            if isinstance(build(text), Merge):
+                what = f"{text} folds what an evictor drops, and there is none before it"
+                raise KvcliError(what, given=f"--method {text}", fix=f"snapkv+{text}")
             if text not in out:
                 out.append(text)
     return out
@@ -138,7 +151,7 @@ def _group(method: MethodText) -> list[MethodText]:
         tiers = sorted({find(n).tier for n in names()})
         fix = " or ".join(f"tier{t}" for t in tiers if t) + ", or all"
         raise KvcliError(f"no method is in '{part.source}'", given=f"--method {method}", fix=fix)
-    return [MethodText((Part(n),)) for n in members if n != "full"]
+    return [MethodText((Part(n),)) for n in members if n != "full" and not issubclass(find(n), Merge)]
 
 
 def build(text: str | MethodText) -> Method:
@@ -148,13 +161,13 @@ def build(text: str | MethodText) -> Method:
     """
     method = parse_methods([text])[0] if isinstance(text, str) else text
     parts = [_build(part) for part in method.parts]
-    if len(parts) == 1 and parts[0].kind != "merge":
-        return parts[0]
-    return Composed.of(parts, str(method))
+    return parts[0] if len(parts) == 1 else Composed.of(parts, str(method))
 
 
 def _build(part: Part) -> Method:
     """One part; settings `base.KEY` belong to a wrapper's base."""
+    if part.source.startswith(PREFIX):
+        return build_press(part)
     cls = find(part.source)
     own = tuple((k, v) for k, v in part.settings if "." not in k)
     dotted = tuple((k, v) for k, v in part.settings if "." in k)
@@ -206,6 +219,8 @@ def canonical(method: MethodText) -> MethodText:
 
 def _changed(method: Method) -> dict[str, str]:
     """Settings that are not defaults, as text."""
+    if isinstance(method, Kvpress):
+        return method.changed()
     fields = setting_fields(type(method))
     changed = {f.name: _text(getattr(method, f.name)) for f in fields if getattr(method, f.name) != f.default}
     if isinstance(method, Wrapper):

@@ -20,6 +20,8 @@ ORDER = "an evictor first, then merge, then one transform, as in snapkv+merge+ki
 class Composed(Method):
     """What its parts do, one after the other. The budget is the evictor's; the transform sees what is left."""
 
+    kind = "composed"
+
     evictor: Any = field(default=None, metadata={"hidden": True})
     merge: Merge | None = field(default=None, metadata={"hidden": True})
     transform: Transform | None = field(default=None, metadata={"hidden": True})

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from kvcli.attention.capture import band
 from kvcli.spans import Region as Region
 from kvcli.spans import Span as Span
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvcli.attention.moments import Moments
     from kvcli.models.rope import RopeHandle
 
 T = TypeVar("T")
@@ -25,8 +27,8 @@ class Context:
     """Read-only view of one prefilled prompt of n tokens.
 
     keys, values: per layer [H_kv, n, D] (after RoPE). column_sums[name]: per layer [H, n] float32, each key's total
-    attention over the queries of that name ('all', 'question'). window_queries: per layer [H, w, D], the rotated
-    queries of the last w positions. Regions cover 0..n-1 without gaps, in order.
+    attention over the queries of that name ('all', 'question'), and band sums by their width. window_queries: per layer
+    [H, w, D], the rotated queries of the last w positions. Regions cover 0..n-1 without gaps, in order.
     """
 
     n: int
@@ -51,6 +53,8 @@ class Context:
     """What `once` has made; shared by all cells of the prompt."""
     passes: Mapping[str, Callable[[], Any]] = field(default_factory=dict, repr=False)
     """Extra passes over this prompt that the engine runs when a method asks for one, by name."""
+    moments: Mapping[int, list[Moments]] = field(default_factory=dict, repr=False)
+    """Of the queries from a position on, before RoPE: per layer."""
 
     @property
     def layers(self) -> int:
@@ -59,6 +63,25 @@ class Context:
     def column_sum(self, layer: int, queries: str = "all") -> Tensor:
         """[H, n] float32: attention each key received, summed over all prompt queries (or the question's)."""
         return self.column_sums[queries][layer]
+
+    def band_sum(self, layer: int, width: int) -> Tensor:
+        """[H, n] float32: attention each key received from the queries less than `width` positions behind it.
+
+        From the prefill where 'band_sum:WIDTH' was named in `needs()`. For a width that depends on the prompt, name
+        'bands': then the prompt is read once more for each width asked for.
+        """
+        if band(width) in self.column_sums:
+            return self.column_sums[band(width)][layer]
+        sums: list[Tensor] = self.once(("bands", width), lambda: self.extra("bands")(width))
+        return sums[layer]
+
+    def query_moments(self, layer: int, first: int = 0) -> tuple[Tensor, Tensor]:
+        """(mean [H, D], covariance [H, D, D]) of the prompt's queries from position `first` on, before RoPE.
+
+        Float32 at least. A method must name 'q_moments:FIRST' in `needs()`. Without such queries both are zero.
+        """
+        found = self.moments[first][layer]
+        return found.mean, found.covariance()
 
     def window_attention(self, layer: int, window: int) -> Tensor:
         """[H, w, n] float32: causal attention of the last w = min(window, n) queries over all keys.
@@ -87,7 +110,8 @@ class Context:
         """What an extra pass of the model over this prompt gives, run at most once per prompt.
 
         'reconstruction': how much attention each key received while the model repeated the prompt
-        (kvcli.models.reconstruction). A method must name it in `needs()`.
+        (kvcli.models.reconstruction). 'answer': how much it received from the model's own answer
+        (kvcli.models.answering). 'bands': see `band_sum`. A method must name it in `needs()`.
         """
         return self.once(("pass", name), self.passes[name])
 

@@ -25,6 +25,7 @@ class Generating:
     n, newest, cap [R, 1, 1] int64: prompt tokens, position of the newest token, and how many competing pairs may stay.
     counts [R, 1, 1] bool: False where the newest query is the last prompt token fed again, whose attention the
         prefill's statistics hold already.
+    keys [R, H_kv, S, D]: the slots' keys, rotated to their true positions, to be read only; anything in empty slots.
     """
 
     layer: int
@@ -37,6 +38,7 @@ class Generating:
     cap: Tensor
     counts: Tensor
     state: dict[str, Tensor] = field(default_factory=dict)
+    keys: Tensor | None = None
 
     @property
     def kv_heads(self) -> int:

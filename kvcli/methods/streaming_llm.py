@@ -38,6 +38,9 @@ class StreamingLLM(Method):
     sinks: int = setting(4, ge=0, help="first tokens always kept")
     rerotate: bool = setting(False, help="positions inside the cache, as in the paper; no decode phase")
 
+    def needs(self) -> frozenset[str]:
+        return frozenset({"rope"} if self.rerotate else ())
+
     def select(self, ctx: Context, budget: Budget) -> Selection:
         import torch
 

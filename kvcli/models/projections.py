@@ -12,9 +12,10 @@ NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 
 
 def output_projection(model: nn.Module, width: int) -> Callable[[int], Tensor] | None:
-    """layer -> W_o [hidden, H * D], float32 at least; None where no module of this kind is known.
+    """layer -> W_o [hidden, H * D], float32 at least; None where any layer has no module of a known kind.
 
-    width: H * D. An attention module is one that has a `layer_idx` and calls itself attention.
+    width: H * D. An attention module is one that has a `layer_idx` and calls itself attention. Weights that are packed,
+    as 4-bit ones are, count as unknown.
     """
     found: dict[int, nn.Module] = {}
     for module in model.modules():
@@ -22,19 +23,28 @@ def output_projection(model: nn.Module, width: int) -> Callable[[int], Tensor] |
         if layer is None or "attention" not in type(module).__name__.lower():
             continue
         projection = next((getattr(module, name) for name in NAMES if hasattr(module, name)), None)
-        if projection is None or layer in found:
+        if projection is None or layer in found or not _reads(projection, width):
             return None
         found[layer] = projection
     if not found:
         return None
 
     def weight(layer: int) -> Tensor:
-        projection: Any = found[layer]
-        matrix: Tensor = projection.weight.detach()
-        if type(projection).__name__ == "Conv1D":  # GPT-2 keeps its matrices transposed
-            matrix = matrix.T
-        if matrix.shape[-1] != width:
-            raise ValueError(f"layer {layer}: the output projection reads {matrix.shape[-1]} values, not {width}")
+        matrix = _matrix(found[layer])
         return matrix.double() if matrix.dtype.itemsize == 8 else matrix.float()
 
     return weight
+
+
+def _reads(projection: Any, width: int) -> bool:
+    """Whether it multiplies `width` values with a plain matrix."""
+    weight = getattr(projection, "weight", None)
+    if weight is None or weight.dim() != 2 or weight.dtype.itemsize < 2 or not weight.dtype.is_floating_point:
+        return False
+    return _matrix(projection).shape[1] == width
+
+
+def _matrix(projection: Any) -> Tensor:
+    """[hidden, H * D]."""
+    matrix: Tensor = projection.weight.detach()
+    return matrix.T if type(projection).__name__ == "Conv1D" else matrix  # GPT-2 keeps its matrices transposed

@@ -110,7 +110,8 @@ def _room(model: Model, before: int, wanted: int, request: int) -> int:
     room = context - before - request
     if room < min(LEAST, wanted):
         what = f"a prompt of {before} tokens leaves no room to repeat it: the model's context is {context}"
-        raise KvcliError(what, given="kvzip", fix="fewer --shots, or a model with a longer context")
+        fix = "fewer --shots, or a model with a longer context"
+        raise KvcliError(what, given="an extra pass that repeats the prompt", fix=fix)
     return room
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from kvcli.attention import backends
 from kvcli.attention.capture import Dense, Needs, Prefill
 from kvcli.attention.decode import decode, decode_with_weights
+from kvcli.attention.moments import Unrotate
 from kvcli.attention.patch import UnsupportedAttention, patched
 from kvcli.cache.kv_cache import CompressedCache
 from kvcli.errors import KvcliError
@@ -73,6 +76,18 @@ def unsupported(config: Any) -> str:
     return ""
 
 
+class _Queries:
+    """Attention state that notes the rotated queries of each layer."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.queries: list[Tensor] = []
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        self.queries.append(query)
+        return backends.prefill(query, key, value, scaling, {}, self.backend)[0]
+
+
 class _Decode:
     """Attention state of new tokens over a compressed cache."""
 
@@ -81,7 +96,7 @@ class _Decode:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         new = query.shape[2]
-        visible = self.cache.visible(layer, new)
+        visible = self.cache.narrowed(layer, query, key, self.cache.visible(layer, new))
         if self.cache.reads_attention:
             out, weights = decode_with_weights(query, key, value, scaling, visible)
             self.cache.settle(layer, weights)
@@ -140,13 +155,15 @@ class Model:
     ) -> Prefilled:
         """Dense causal prefill of B rows of any lengths, right-padded; padding reaches no statistic.
 
-        With a prefix, prompts and question_from begin behind it.
+        With a prefix, prompts and question_from begin behind it. Raises KvcliError where the queries' moments are
+        needed and their rotation cannot be undone.
         """
         lengths = [len(p) for p in prompts]
         ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
-        state = Prefill(needs, lengths, list(question_from), self.attn, prefix)
+        unrotate = self.unrotate if needs.moments else None
+        state = Prefill(needs, lengths, list(question_from), self.attn, prefix, unrotate)
         cache = DynamicCache()
         last = sorted({n - 1 for n in lengths})
         before = 0 if prefix is None else prefix.n
@@ -170,6 +187,42 @@ class Model:
         cache.advance(tokens.shape[1])
         cache.memory.watch(out.logits)
         return out.logits
+
+    @cached_property
+    def unrotate(self) -> Unrotate:
+        """Takes queries back to where they were before RoPE. Raises KvcliError where this is not known.
+
+        Tried once on a short text at two places: before RoPE, the queries of all layers must be the same.
+        """
+        rope = self.rope
+        family = getattr(self.hf.config, "model_type", type(self.hf).__name__)
+        what = f"in models of family '{family}' the rotation of queries cannot be undone"
+        fix = "a model with RoPE in every layer (llama, mistral, qwen2, ...), or methods that do not model the queries"
+        if rope is None:
+            raise KvcliError(what, given="queries before RoPE", fix=fix)
+
+        def back(queries: Tensor, positions: Tensor) -> Tensor:
+            return rope.move(queries, positions, torch.zeros_like(positions))
+
+        here, there = (self._queries_at(first, back) for first in (0, 37))
+        for a, b in zip(here, there, strict=True):
+            room = {torch.float64: 1e-4, torch.float32: 1e-3}.get(self.dtype, 0.06) * (1 + a.abs().max())
+            if not bool((a - b).abs().max() <= room):
+                raise KvcliError(what, given="queries before RoPE", fix=fix)
+        return back
+
+    @torch.inference_mode()
+    def _queries_at(self, first: int, back: Unrotate) -> list[Tensor]:
+        """Per layer [B, H, Q, D]: the queries of the probe, read from position `first` on, taken back by `back`."""
+        state = _Queries(self.attn)
+        positions = torch.arange(first, first + len(PROBE), device=self.device)
+        with patched(self.hf, state):
+            self.hf(self._probe_ids(), position_ids=positions[None], use_cache=False)
+        return [back(q.to(torch.promote_types(q.dtype, torch.float32)), positions) for q in state.queries]
+
+    def _probe_ids(self) -> Tensor:
+        size = max(2, getattr(self.hf.config, "vocab_size", 2))
+        return torch.tensor([[i % size for i in PROBE]], device=self.device)
 
     def _probe(self) -> Shapes:
         """Runs a short text: each layer must call the patched attention once, the logits must be the model's own."""

@@ -15,13 +15,15 @@ FIELDS: dict[str, str] = {
     "ability": "what the task measures",
     "method": "canonical text of the method",
     "settings": "all settings of the method, defaults included",
-    "ratio": "requested kept ratio r_p; null where --budget or no ratio was asked for",
+    "ratio": "requested kept ratio r_p; null where --budget, --match or no ratio was asked for",
     "budget": "requested KV pairs per layer and KV head; null with --ratio",
+    "match": "whose bytes it was held to, with --match bytes (a method, @ratio where it has one); else null",
     "measured_ratio": "bytes of the compressed prompt cache over bytes of the full 16-bit prompt cache",
     "kept": "mean KV pairs kept per layer and KV head",
     "first_token": "compressed | prefill | n/a",
     "query": "aware | agnostic",
     "decode": "compression while generating, {ratio | budget | cap, interval}; null = off",
+    "weights": "the model's weights: dense | as --weights names them; records without it are of dense weights",
     "shots": "number of exemplars in the prompt",
     "seed": "seed of random methods and sampling",
     "draw": "which of several sampled answers; 0 without --draws",
@@ -40,8 +42,8 @@ FIELDS: dict[str, str] = {
     "n_new": "generated tokens",
     "notes": "what the method says of this sample, {name: value}",
     "flags": "list out of " + " ".join(FLAGS),
-    "kv_bytes": "{full, prefill, end, read}: 16-bit bytes of the dense prompt cache, of its kept part, of the row at its end; "
-    "read per new token where a method chooses (else null)",
+    "kv_bytes": "{full, prefill, end, read, match}: 16-bit bytes of the dense prompt cache, of its kept part, of the "
+    "row at its end; read per new token where a method chooses (else null); held to with --match (else null)",
     "alloc_bytes": "bytes the engine's padded batch really held for this row",
     "kept_by_region": "{region: share kept}, mean over layers and KV heads",
     "repetition": "share of the answer's 4-grams that had come before; null below 5 tokens",
@@ -53,9 +55,12 @@ FIELDS: dict[str, str] = {
 
 KEY = ("cell_id", "sample_id")
 
+LATER = frozenset({"weights", "match"})
+"""Fields that records of the same schema may lack: they were written before the field was there."""
+
 
 def check_record(record: dict[str, Any]) -> None:
     """Raises ValueError naming the missing or unknown fields of a record about to be written."""
-    missing, extra = FIELDS.keys() - record.keys(), record.keys() - FIELDS.keys()
+    missing, extra = FIELDS.keys() - record.keys() - LATER, record.keys() - FIELDS.keys()
     if missing or extra:
         raise ValueError(f"record fields: missing {sorted(missing)}, unknown {sorted(extra)}")

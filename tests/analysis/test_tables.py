@@ -112,6 +112,37 @@ def test_modes_and_shots_are_never_mixed(tmp_path: Path) -> None:
     assert [t.first_token for t in found[:2]] == ["compressed", "prefill"]
 
 
+def test_weights_are_never_mixed_and_say_how_their_full_compares_with_the_dense_one(tmp_path: Path) -> None:
+    lines = lines_of("full", [1.0] * 10) + lines_of("snapkv", [1.0] * 8 + [0.0] * 2)
+    lines += lines_of("full", [1.0] * 6 + [0.0] * 4, cell="f2", weights="sparsegpt:2:4")
+    lines += lines_of("snapkv", [1.0] * 5 + [0.0] * 5, cell="s2", weights="sparsegpt:2:4")
+    lines += lines_of("snapkv", [1.0] * 5, cell="s3", weights="sparsegpt:sparsity=0.5")
+    dense, pruned, lone = summarise(run_of(tmp_path, lines))
+    assert (dense.weights, pruned.weights) == ("dense", "sparsegpt:2:4")
+    assert only(dense, "snapkv").difference.value == pytest.approx(-0.2)
+    assert only(pruned, "snapkv").difference.value == pytest.approx(-0.1), "against full of the same weights"
+    assert pruned.against_dense is not None and pruned.against_dense.value == pytest.approx(-0.4)
+    assert "-40.0 points" in pruned.notes[0] and "(n = 10)" in pruned.notes[0] and not dense.notes
+    assert lone.full is None and only(lone, "snapkv").difference is None, "never against full of other weights"
+    assert wording.mode(pruned).endswith("weights sparsegpt:2:4") and "weights" not in wording.mode(dense)
+
+
+def test_matched_methods_stand_in_the_column_of_the_one_they_are_matched_to(tmp_path: Path) -> None:
+    lines = lines_of("full", [1.0] * 4) + lines_of("kivi", [1.0] * 4, ratio=None, measured_ratio=0.2)
+    lines += lines_of("snapkv", [1.0] * 4, cell="m", ratio=None, measured_ratio=0.2, match="kivi")
+    lines += lines_of(
+        "shotkv", [0.0] * 4, cell="n", ratio=None, measured_ratio=0.3, match="kivi", flags=["unreachable"]
+    )
+    lines += lines_of("snapkv", [1.0] * 4, cell="r")
+    (table,) = summarise(run_of(tmp_path, lines))
+    assert [c.text for c in table.columns] == ["= kivi", "0.1"]
+    assert {row.method: set(row.cells) for row in table.rows} == {
+        "kivi": {"= kivi"}, "snapkv": {"= kivi", "0.1"}, "shotkv": {"= kivi"},
+    }  # fmt: skip
+    assert table.notes == ("not within 1 % of the bytes of kivi: shotkv (4 of 4)",)
+    assert wording.off_target(only(table, "snapkv", "= kivi"))
+
+
 def test_full_of_the_other_first_token_mode_serves_where_it_was_not_run(tmp_path: Path) -> None:
     lines = lines_of("full", [1.0] * 3) + lines_of("pyramidinfer", [0.0] * 3, first_token="n/a")
     table = next(t for t in summarise(run_of(tmp_path, lines)) if t.first_token == "n/a")

@@ -269,8 +269,16 @@ def test_only_what_is_named_is_captured() -> None:
     assert done.capture.window_queries == []
     done = model.prefill([tiny.prompt(20, 1).ids], Needs.of(["window:4", "window:8"]), [0])
     assert done.capture.window_queries[0].shape[2] == 8
-    with pytest.raises(ValueError, match="unknown statistic 'colum_sum'"):
-        Needs.of(["colum_sum"])
+    assert done.capture.moments == {} and done.capture.unrotate is None
+    for unknown in ("colum_sum", "band_sum", "band_sum:0", "band_sum:0.3", "q_moments:", "q_moments:x", "window"):
+        with pytest.raises(ValueError, match=f"unknown statistic '{unknown}'"):
+            Needs.of([unknown])
+
+
+def test_needs_of_several_methods_are_united() -> None:
+    needs = Needs.of(["column_sum", "band_sum:4", "window:3", "band_sum:9", "q_moments:4", "q_moments", "window:8"])
+    assert needs == Needs(frozenset({"all"}), 8, frozenset({4, 9}), frozenset({0, 4}))
+    assert needs.sums == {"all": None, "band:4": 4, "band:9": 9}
 
 
 def test_patch_is_undone_also_after_an_error() -> None:

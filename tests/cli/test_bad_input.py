@@ -31,7 +31,7 @@ CASES: dict[str, tuple[dict[str, str | None], tuple[str, ...]]] = {
     "setting of a group": ({"--method": "tier1:window=3"}, ("tier1",)),
     "setting of none": ({"--method": "full:window=3"}, ("full has no settings",)),
     "quote": ({"--method": "snapkv:pool='max"}, ("quote",)),
-    "sum": ({"--method": "snapkv+h2o"}, ("snapkv+h2o", "'+'")),
+    "sum": ({"--method": "snapkv+h2o"}, ("snapkv+h2o", "cannot be combined")),
     "plugin file": ({"--method": "./nowhere.py:Mine"}, ("no file ./nowhere.py",)),
     "plugin class": ({"--method": "./mine.py:Mine"}, ("no method class 'Mine' in ./mine.py",)),
     "plugin without class": ({"--method": "./mine.py"}, ("./mine.py", "./mine.py:MyMethod")),

@@ -15,7 +15,7 @@ from kvcli.models.source import TESTBED_FOLDER, fingerprint, parse_model
 from kvcli.testbed import vocabulary as V
 from tests.docs.pages import PAGES, ROOT, anchors, codes, rows, section, text
 
-BY_NAME = {*catalog.names(), *COMMANDS}
+BY_NAME = {*catalog.names(), *(name.replace("-", "_") for name in COMMANDS)}
 """Modules that have a file each: methods and commands."""
 
 

@@ -19,17 +19,26 @@ from kvcli.cache.kv_cache import CompressedCache
 from kvcli.cache.rows import Kept, Row, head_positions
 from kvcli.config import SweepConfig
 from kvcli.engine.generate import Ask, Start, StopRules, generate
-from kvcli.engine.prefilling import PASSES
+from kvcli.engine.needs import GIVEN as GIVEN_NEED
+from kvcli.engine.needs import captured
+from kvcli.engine.prefilling import passes
 from kvcli.engine.prefixes import question_start
 from kvcli.engine.selecting import select
 from kvcli.errors import KvcliError
 from kvcli.methods import catalog
 from kvcli.methods.context import Context
-from kvcli.models.reconstruction import reconstruction
 from kvcli.models.wrapper import Model, Prefilled
 from tests.engine import asks, tiny
 
-METHODS = [n for n in catalog.names() if n != "full" and catalog.find(n).kind == "evict"]
+GIVEN = [n for n in catalog.names() if any(map(GIVEN_NEED.fullmatch, catalog.build(n).needs()))]
+"""Methods that need something from outside of the run: tested by themselves."""
+SHORT = {"lagkv": "lagkv:lag=16,sinks=4"}
+"""Settings that suit prompts of fewer than 100 tokens."""
+EVICTORS = [n for n in catalog.names() if n not in ("full", *GIVEN) and catalog.find(n).kind == "evict"]
+SIZED = [SHORT.get(n, n) for n in EVICTORS if catalog.find(n).domain.kind == "continuous"]
+OWN_SIZE = ["fastgen:recovery=0.5"]
+"""A method whose own setting decides, set so that it evicts from the prompts of these tests."""
+METHODS = [*SIZED, *OWN_SIZE]
 TIER1 = SweepConfig(methods=tuple(METHODS), ratios=("0.2", "0.5"), first_token=("compressed", "prefill"))
 
 
@@ -44,13 +53,14 @@ def exact() -> Iterator[Model]:
 
 def prefilled(model: Model, n: int, needs: set[str]) -> tuple[Prefilled, Context]:
     prompt = tiny.prompt(n, seed=n)
-    done = model.prefill([prompt.ids], Needs.of(needs - PASSES), [question_start(prompt.regions)])
+    done = model.prefill([prompt.ids], Needs.of(captured(needs)), [question_start(prompt.regions)])
     dense = done.dense(0)
     context = Context(
         n=n, heads=model.shapes.heads, kv_heads=model.shapes.kv_heads[0], token_ids=prompt.ids, regions=prompt.regions,
         keys=dense.keys, values=dense.values, column_sums=dense.column_sums, window_queries=dense.window_queries,
         scaling=done.capture.scaling, sample_id="s", seed=0,
-        passes={"reconstruction": lambda: reconstruction(model, dense, prompt.ids, prompt.regions)},
+        passes=passes(model, dense, prompt.ids, prompt.regions, 6), rope=model.rope, o_proj=model.o_proj,
+        moments=dense.moments,
     )  # fmt: skip
     return done, context
 
@@ -155,7 +165,7 @@ def test_full_and_every_method_at_ratio_one_give_the_tokens_of_generate(first_to
     """Equality 1, float32."""
     model = tiny.tiny_llama()
     prompts = tiny.prompt_set([50, 33, 61])
-    config = SweepConfig(methods=tuple(METHODS), ratios=("1",), first_token=(first_token,))
+    config = SweepConfig(methods=tuple(SIZED), ratios=("1",), first_token=(first_token,))
     sink, outcome = tiny.run(model, config, prompts)
     assert outcome.errors == 0
     model.hf.set_attn_implementation("sdpa")
@@ -165,7 +175,7 @@ def test_full_and_every_method_at_ratio_one_give_the_tokens_of_generate(first_to
         assert record["output_ids"] == plain[0, len(ids) :].tolist(), record["method"]
         assert record["measured_ratio"] == 1.0
         assert record["flags"] == []
-    assert len(sink.records) == 3 * (1 + len(METHODS))
+    assert len(sink.records) == 3 * (1 + len(SIZED))
 
 
 def test_shared_sweep_equals_separate_runs_any_batch_size_any_order(exact: Model) -> None:
@@ -173,13 +183,13 @@ def test_shared_sweep_equals_separate_runs_any_batch_size_any_order(exact: Model
     prompts = tiny.prompt_set([50, 21, 64, 37, 45])
     shared, _ = tiny.run(exact, TIER1, prompts)
     truth = {key: tiny.same(r) for key, r in shared.by_key().items()}
-    assert len(truth) == 5 * 2 * (1 + 2 * len(METHODS))
+    assert len(truth) == 5 * 2 * (1 + 2 * len(SIZED) + len(OWN_SIZE))
     for prefill_rows, decode_rows in ((1, 1), (5, 7), (2, 1000)):
         other, _ = tiny.run(exact, TIER1, prompts, prefill_rows=prefill_rows, decode_rows=decode_rows)
         assert {key: tiny.same(r) for key, r in other.by_key().items()} == truth
         assert other.maps == shared.maps
     for method in METHODS:
-        for ratio in TIER1.ratios:
+        for ratio in TIER1.ratios if method in SIZED else TIER1.ratios[:1]:
             alone = SweepConfig(methods=(method,), ratios=(ratio,), first_token=TIER1.first_token)
             sink, _ = tiny.run(exact, alone, prompts)
             # the first batch of a run without `full` beside it would lack the divergence; full is always there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -168,3 +169,32 @@ def test_decode_batches_are_of_one_kind_and_waves_only_join_them(
         first = joined[0].rows
         assert first[0][1].method == "full"  # the others are compared with it
     assert len(names) == len(set(names))
+
+
+WEIGHED = dataclasses.replace(BASE, weights=("sparsegpt:2:4", "dense", "sparsegpt:sparsity=0.5"))
+
+
+def test_full_and_all_cells_exist_once_per_kind_of_weights_and_dense_ones_keep_their_ids() -> None:
+    cells = cells_of(WEIGHED)
+    by_weights = {w: [c for c in cells if c.weights == w] for w in WEIGHED.weights}
+    assert [c.id for c in by_weights["dense"]] == [c.id for c in cells_of(BASE)]
+    assert {len(found) for found in by_weights.values()} == {len(cells_of(BASE))}
+    assert all([c.method for c in found].count("full") == 1 for found in by_weights.values())
+    assert len({c.id for c in cells}) == len(cells)
+
+
+def test_each_kind_of_weights_is_entered_once_however_the_grid_grew() -> None:
+    cells = cells_of(WEIGHED)
+    first = [c.id for c in cells if c.weights == "sparsegpt:2:4" and c.method != "random"]
+    more = [c.id for c in cells if c.weights != "sparsegpt:sparsity=0.5"]
+    generations = [Generation(tuple(ids), limit) for ids, limit in ((first, 5), (more, 9), ([c.id for c in cells], 20))]
+    plan = make_plan(cells, generations, {("any", 3): 25}, 4)
+    order = [batch.weights for batch in plan.batches]
+    assert list(dict.fromkeys(order)) == ["dense", "sparsegpt:2:4", "sparsegpt:sparsity=0.5"]
+    assert sum(a != b for a, b in itertools.pairwise(order)) == 2
+    assert all({c.weights for c in batch.cells} == {batch.weights} for batch in plan.batches)
+    assert len({batch.id for batch in plan.batches}) == len(plan.batches)
+    rows = [(c.id, i) for batch in plan.batches for c in batch.cells for i in range(batch.start, batch.end)]
+    assert len(rows) == len(set(rows)) == len(cells) * 20
+    before = make_plan(cells, generations[:1], {("any", 3): 25}, 4).batches
+    assert all(batch in plan.batches for batch in before)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kvcli.cache.budget import Budget
+from kvcli.engine.needs import HANDLES
 from kvcli.methods.base import Method, Selection
 from kvcli.methods.catalog import build
 from kvcli.methods.context import Context, Region
@@ -58,7 +59,7 @@ def context_for(
         kind, _, detail = need.partition(":")
         if kind == "window":
             width = max(width, min(int(detail), prompt.n))
-        else:
+        elif need not in HANDLES:
             assert kind == "column_sum" and detail in ("", "question"), need
             name = detail or "all"
             sums[name] = [torch.tensor(s, dtype=dtype) for s in column_sums or prompt.column_sums(name)]

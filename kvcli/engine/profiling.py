@@ -1,0 +1,301 @@
+"""How much each head of a model retrieves: its attention to a needle while the model answers from it.
+
+Source: the retrieval-reasoning scores of HeadKV, arXiv:2410.19258, section 3.2, and the authors' code (FYYFU/HeadKV,
+retrieval_head_detection_r2.py). While an answer of A tokens is given, each of its steps looks at the N most attended
+keys of a head, N the tokens of the needle; what the needle's tokens among them receive, over N A, is the head's score
+on the sample, and the mean over the samples that the model answers right is its score. Differs: the answer is given
+teacher-forced, which is greedy generation wherever every token of it is the model's own choice (that is what counts as
+right here; the authors accept an F1 above 0.5); the needle is the answer where it stands in the prompt, so no wrong
+alternatives and no reasoning steps belong to it; their factor of 10 is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcli.attention import backends
+from kvcli.attention.capture import Dense, Needs
+from kvcli.attention.patch import patched
+from kvcli.attention.reference import causal, probabilities
+from kvcli.engine.memory import CHUNK
+from kvcli.errors import KvcliError
+from kvcli.evals.loader import find_tasks, load_task
+from kvcli.evals.spec import Sample, Score, Segment, Task
+from kvcli.models import loader
+from kvcli.models.profiles import HeadProfile
+from kvcli.models.prompt import Prompt, build_prompt
+from kvcli.models.source import ModelSource, fingerprint
+from kvcli.models.wrapper import Model
+from kvcli.spans import Span
+
+SEED = 1_000_003
+"""`--shot-seed` of the samples: exams count from 0, so no profiled prompt is an exam's."""
+NEEDLE = "tb_needle"
+"""What a model that reads the testbed's language is profiled on; any other on `PassKeys`."""
+DIGITS = 6
+"""Significant digits of a stored score; more would differ from machine to machine."""
+SMALL = 20_000_000
+"""Parameters up to which one CPU thread is the fastest."""
+
+SENTENCES = (
+    "The river runs past the old mill and turns north behind the hill.", "Rain is expected in the late afternoon.",
+    "A train leaves the station every twenty minutes.", "The library opens at nine and closes at six.",
+    "Most of the houses in this street have a small garden.", "She put the letters back into the drawer.",
+    "The bakery on the corner sells bread made with rye flour.", "Two boats were tied to the wooden pier.",
+    "He had forgotten to wind the clock in the hall.", "The path through the forest is closed in winter.",
+    "Nobody remembered who had planted the oak tree.", "The museum shows maps from four centuries.",
+    "They painted the fence green last summer.", "A cat was asleep on the window sill.",
+    "The bus stops in front of the town hall.", "In spring the meadow is full of flowers.",
+)  # fmt: skip
+DOORS = ("red", "blue", "green", "yellow", "white", "black", "brown", "grey")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassKeys(Task):
+    """Numbers of four doors hidden between plain sentences; the prompt ends where the number of one must follow."""
+
+    prompt_tokens: int = 1024
+    count: Callable[[str], int] = len
+    """Tokens of a text."""
+
+    def samples(self, *, shots: int, shot_seed: int, limit: int | None, data_dir: str | None) -> list[Sample]:
+        return [self._sample(i, shot_seed) for i in range(limit or 1)]
+
+    def score(self, sample: Sample, output: str) -> Score:
+        return Score(float(output.split()[:1] == [sample.target]), None)
+
+    def _sample(self, index: int, seed: int) -> Sample:
+        rng = random.Random(f"passkeys:{self.prompt_tokens}:{seed}:{index}")
+        doors = rng.sample(DOORS, 4)
+        keys = rng.sample(range(10_000, 100_000), 4)
+        facts = [f"The pass key of the {door} door is {key}." for door, key in zip(doors, keys, strict=True)]
+        asked = rng.randrange(4)
+        question = f"The pass key of the {doors[asked]} door is"
+        room = self.prompt_tokens - self.count(" ".join([*facts, question]))
+        filler: list[str] = []
+        while (room := room - self.count(sentence := rng.choice(SENTENCES))) > 0:
+            filler.append(sentence)
+        places = sorted(rng.randint(0, len(filler)) for _ in facts)
+        for moved, (place, fact) in enumerate(zip(places, facts, strict=True)):
+            filler.insert(place + moved, fact)
+        segments = (Segment(" ".join(filler) + "\n\n", "context"), Segment(question, "question"))
+        return Sample(str(index), segments, str(keys[asked]))
+
+
+def default_task(tokenizer: Any, prompt_tokens: int | None, context: int | None) -> Task:
+    """The testbed's needles for a tokenizer that knows its words, pass keys for any other."""
+    needle = load_task(NEEDLE)
+    words = needle.samples(shots=needle.shots, shot_seed=SEED, limit=1, data_dir=None)[0].text.split()
+    if set(words) <= set(tokenizer.get_vocab()):
+        return dataclasses.replace(needle, prompt_tokens=prompt_tokens) if prompt_tokens else needle  # type: ignore[call-arg]
+    tokens = prompt_tokens or min(PassKeys.prompt_tokens, (context or PassKeys.prompt_tokens) - 64)
+    return PassKeys(
+        name="pass keys", version="1", ability="long-context retrieval", metric="accuracy", shots=0, max_new_tokens=16,
+        chat=False, prompt_tokens=tokens,
+        count=lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt, the tokens [start, end) of it that hold the answer, and the answer's tokens."""
+
+    prompt: Prompt
+    needle: Span
+    answer: list[int]
+
+
+def probes_of(
+    task: Task, model: Model, limit: int, *, seed: int = SEED, template: str = "auto", data_dir: str | None = None
+) -> tuple[list[Probe], int]:
+    """The samples whose answer stands exactly once in the prompt, outside of the question; and how many were read."""
+    samples = task.samples(shots=task.shots, shot_seed=seed, limit=limit, data_dir=data_dir)
+    probes = []
+    for sample in samples:
+        target = sample.target.strip() if isinstance(sample.target, str) else ""
+        if not target:
+            continue
+        prompt = build_prompt(
+            sample, model.tokenizer, template=template, chat_allowed=task.chat, context_limit=model.shapes.context,
+            max_new_tokens=task.max_new_tokens, task=task.name,
+        )  # fmt: skip
+        needle = needle_of(prompt, target)
+        if needle is not None:
+            probes.append(Probe(prompt, needle, answer_ids(prompt, target, model.tokenizer)))
+    return probes, len(samples)
+
+
+def needle_of(prompt: Prompt, target: str) -> Span | None:
+    """The tokens of `target` where it stands once in the whole text, as words of its own, outside of the question."""
+    found = list(re.finditer(rf"(?<!\w){re.escape(target)}(?!\w)", prompt.text))
+    if len(found) != 1:
+        return None
+    start = bisect_right(prompt.offsets, found[0].start())
+    end = bisect_left(prompt.offsets, found[0].end()) + 1
+    region = next(r for r in prompt.regions if r.start <= start < r.end)
+    return (start, end) if region.kind in ("context", "shot") and end <= region.end else None
+
+
+def answer_ids(prompt: Prompt, target: str, tokenizer: Any) -> list[int]:
+    """The answer's tokens as they follow the prompt."""
+    text = target if not prompt.text or prompt.text[-1].isspace() else f" {target}"
+    whole = tokenizer(prompt.text + text, add_special_tokens=False, verbose=False)["input_ids"]
+    own = len(prompt.ids) - (len(prompt.ids) > 0 and prompt.offsets[0] == 0)  # without a BOS that the text lacks
+    if list(whole[:own]) == prompt.ids[len(prompt.ids) - own :] and len(whole) > own:
+        return list(whole[own:])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+@torch.inference_mode()
+def head_scores(model: Model, probe: Probe) -> tuple[Tensor, bool]:
+    """[L, H] float64: what the needle receives while the answer is given; and whether the model gives it by itself."""
+    ids = probe.prompt.ids
+    dense, _ = model.prefill_one(ids[:-1], Needs(), len(ids) - 1, chunk=CHUNK)
+    state = _Answering(dense, probe.needle, model.attn)
+    fed = [ids[-1], *probe.answer[:-1]]
+    positions = torch.arange(len(ids) - 1, len(ids) - 1 + len(fed), device=model.device)[None]
+    with patched(model.hf, state):
+        tokens = torch.tensor([fed], device=model.device)
+        logits = model.hf(tokens, position_ids=positions, use_cache=False).logits[0]
+    return torch.stack(state.scores).cpu(), logits.argmax(-1).tolist() == probe.answer
+
+
+class _Answering:
+    """Attention state of the answer's tokens behind the prompt's keys."""
+
+    def __init__(self, dense: Dense, needle: Span, backend: str) -> None:
+        self.dense, self.needle, self.backend = dense, needle, backend
+        self.scores: list[Tensor] = []
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        keys, values = self.dense.keys[layer], self.dense.values[layer]
+        every = torch.cat([keys, key[0]], 1)[None]
+        seen = causal(query.shape[2], every.shape[2]).to(query.device)
+        self.scores.append(needle_share(probabilities(query, every, scaling, seen)[0], self.needle))
+        out, _ = backends.prefill(query, key, value, scaling, {}, self.backend, (keys, values))
+        return out
+
+
+def needle_share(attention: Tensor, needle: Span) -> Tensor:
+    """[H] float64. attention [H, A, S] of the A steps of an answer."""
+    start, end = needle
+    top = attention.topk(end - start, -1)
+    inside = (top.indices >= start) & (top.indices < end)
+    return (top.values.double() * inside).sum((1, 2)) / ((end - start) * attention.shape[1])
+
+
+def profile(
+    model: Model,
+    task: Task,
+    limit: int,
+    *,
+    identity: dict[str, Any],
+    seed: int = SEED,
+    template: str = "auto",
+    data_dir: str | None = None,
+    wrong_too: bool = False,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> HeadProfile:
+    """The model's head profile. wrong_too: samples that it answers wrong count as well. Raises KvcliError for a task
+    that shows nothing."""
+    probes, asked = probes_of(task, model, limit, seed=seed, template=template, data_dir=data_dir)
+    if not probes:
+        what = f"no prompt of {task.name} holds its answer exactly once outside of the question"
+        fix = "--task with a passage and an answer that is quoted from it"
+        raise KvcliError(what, given=f"--task {task.name} --limit {limit}", fix=fix)
+    total, counted, right = torch.zeros(model.shapes.layers, model.shapes.heads, dtype=torch.double), 0, 0
+    for done, probe in enumerate(probes):
+        tell(done, len(probes))
+        scores, answered = head_scores(model, probe)
+        right += answered
+        if answered or wrong_too:
+            total += scores
+            counted += 1
+    tell(len(probes), len(probes))
+    if not counted:
+        what = f"the model answers none of {len(probes)} prompts of {task.name} right, so no head is seen retrieving"
+        fix = "another --task, a shorter --prompt-tokens, or --wrong-too"
+        raise KvcliError(what, given=f"--task {task.name} --limit {limit}", fix=fix)
+    how = {
+        "score": "attention to the answer's tokens in the prompt while it is given",
+        "task": task.name, "task_version": task.version, "shots": task.shots, "shot_seed": seed,
+        "prompt_tokens": getattr(task, "prompt_tokens", None), "limit": asked, "with_needle": len(probes),
+        "right": right, "wrong_too": wrong_too,
+    }  # fmt: skip
+    return HeadProfile(_rounded(total / counted), "query", identity, counted, how)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `kvcli profile-heads` is asked for; None: the default."""
+
+    task: str | None = None
+    limit: int = 64
+    prompt_tokens: int | None = None
+    wrong_too: bool = False
+    tokenizer: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    attn: str = "auto"
+    threads: int | None = None
+    template: str = "auto"
+    trust_remote_code: bool = False
+    data_dir: str | None = None
+
+
+def measure(source: ModelSource, asked: Settings, tell: Callable[[int, int], None] = lambda a, b: None) -> HeadProfile:
+    """Loads the model and profiles it. Raises KvcliError for everything the user can mend."""
+    trust = asked.trust_remote_code
+    config = loader.load_config(source, trust_remote_code=trust)
+    tokenizer = loader.load_tokenizer(source, asked.tokenizer, trust_remote_code=trust)
+    if source.kind == "random":
+        loader.resize(config, source, len(tokenizer))
+    task = _task(asked, tokenizer, getattr(config, "max_position_embeddings", None))
+    device = loader.pick_device(asked.device)
+    dtype = loader.pick_dtype(asked.dtype, device, config)
+    loader.check_attention(asked.attn, device, dtype)
+    hf = loader.load_weights(config, source, dtype, device, trust_remote_code=trust)
+    model = Model(hf, tokenizer, name=source.text, attn=asked.attn)
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    elif "OMP_NUM_THREADS" not in os.environ and model.shapes.parameters < SMALL:
+        torch.set_num_threads(1)
+    return profile(
+        model, task, asked.limit, identity=fingerprint(source), template=asked.template, data_dir=asked.data_dir,
+        wrong_too=asked.wrong_too, tell=tell,
+    )  # fmt: skip
+
+
+def _task(asked: Settings, tokenizer: Any, context: int | None) -> Task:
+    if asked.task is None:
+        return default_task(tokenizer, asked.prompt_tokens, context)
+    tasks = find_tasks([asked.task])
+    if len(tasks) > 1:
+        names = ", ".join(t.name for t in tasks)
+        raise KvcliError("a profile is made on one task", given=f"--task {asked.task}", fix=f"one of {names}")
+    if asked.prompt_tokens is None:
+        return tasks[0]
+    if not hasattr(tasks[0], "prompt_tokens"):
+        given = f"--prompt-tokens {asked.prompt_tokens}"
+        raise KvcliError(f"{tasks[0].name} has prompts of its own lengths", given=given, fix="leave it out")
+    return dataclasses.replace(tasks[0], prompt_tokens=asked.prompt_tokens)  # type: ignore[call-arg]
+
+
+def _rounded(scores: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(float(f"{x:.{DIGITS}g}") for x in row) for row in scores.tolist())
+
+
+def strongest(profile: HeadProfile, count: int) -> Sequence[tuple[int, int, float]]:
+    """(layer, head, score) of the heads that retrieve most."""
+    every = [(layer, head, x) for layer, row in enumerate(profile.heads) for head, x in enumerate(row)]
+    return sorted(every, key=lambda h: -h[2])[:count]

@@ -1,0 +1,90 @@
+"""DuoAttention: heads that retrieve keep everything, the others their first and newest tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvcli.errors import KvcliError
+from kvcli.methods._heads import kv_scores, profile_need
+from kvcli.methods.base import Method, Selection, setting
+
+if TYPE_CHECKING:
+    from kvcli.cache.budget import Budget
+    from kvcli.methods.context import Context
+
+
+@dataclass(frozen=True)
+class DuoAttention(Method):
+    """Retrieval heads keep all tokens, streaming heads `sinks` first and `recent` newest ones.
+
+    As many heads retrieve as the budget of the model holds, the ones with the largest scores (of equal ones the first
+    by layer and head). `heads=file` takes the authors' trained gates, `profile=` naming their full_attention_heads.tsv
+    or its folder; `heads=probe` takes a file of `kvcli profile-heads`. Below (sinks + recent) / n all heads stream:
+    flags `unreachable` and `over_budget`, and the note `nearest_ratio`.
+
+    Source: arXiv:2410.10819, section 2, and the authors' code (mit-han-lab/duo-attention, duo_attn/utils.py), where a
+    quantile of the gates divides the heads. Differs: `heads=probe` is kvcli's own (note `heads`): attention to a needle
+    finds the heads, while the authors train a gate for each by distillation on pass keys, for they find that attention
+    alone does not show what a head does to the output; that training is not part of kvcli. The prompt is read densely
+    by all heads, as in the authors' first pass over it, but in their evaluation the prompt's last 50 tokens are
+    already read by streaming heads. While generating, streaming heads keep every new token, the authors' go on sliding.
+    Sinks and recent tokens are never cut: what does not fit the budget is flagged. The authors' files were trained with
+    64 sinks or, for Llama-3.1, 128.
+    """
+
+    name = "duo_attention"
+    title = "DuoAttention"
+    paper = "arXiv:2410.10819"
+    tier = 2
+    budget_scope = "model"
+    protects = "first and newest tokens of every head; all tokens of retrieval heads"
+
+    heads: str = setting("probe", choices=("probe", "file", "optimise"), help="where the heads' scores come from")
+    sinks: int = setting(64, ge=0, help="first tokens of a streaming head")
+    recent: int = setting(256, ge=1, help="newest tokens of a streaming head")
+    reduce: str = setting("mean", choices=("mean", "max"), help="a KV head's score from its query heads'")
+    profile: str = setting("", help="file with the scores; of heads=probe the model's own is the default")
+
+    def __post_init__(self) -> None:
+        given = f"--method duo_attention:heads={self.heads}"
+        if self.heads == "optimise":
+            fix = "heads=file,profile=FOLDER with full_attention_heads.tsv of the authors' training, or heads=probe"
+            raise KvcliError(
+                "kvcli does not train DuoAttention's gates: that takes hours on a GPU", given=given, fix=fix
+            )
+        if self.heads == "file" and not self.profile:
+            fix = "heads=file,profile=FOLDER with full_attention_heads.tsv"
+            raise KvcliError("heads=file needs the file", given=given, fix=fix)
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({profile_need(self.profile)})
+
+    def select(self, ctx: Context, budget: Budget) -> Selection:
+        import torch
+
+        n, count = ctx.n, ctx.layers * ctx.kv_heads
+        profile = ctx.extra(profile_need(self.profile))
+        self._check_kind(profile)
+        scores = [x for row in kv_scores(profile, ctx, self.reduce) for x in row]
+        sinks = min(self.sinks, n - min(self.recent, n))
+        stream = torch.cat([torch.arange(sinks), torch.arange(n - min(self.recent, n), n)])
+        spare, whole = budget.model_total - count * len(stream), torch.arange(n)
+        retrieving = count if len(stream) == n else max(0, spare // (n - len(stream)))
+        order = sorted(range(count), key=lambda i: (-scores[i], i))
+        chosen = set(order[:retrieving])
+        rows = [range(layer * ctx.kv_heads, (layer + 1) * ctx.kv_heads) for layer in range(ctx.layers)]
+        kept = [[whole if i in chosen else stream for i in row] for row in rows]
+        notes: dict[str, Any] = {"heads": self.heads, "retrieval_heads": retrieving, "of": count}
+        if spare >= 0:
+            return Selection(kept, notes=notes)
+        notes["nearest_ratio"] = math.ceil(1e4 * len(stream) / n) / 1e4
+        return Selection(kept, frozenset({"unreachable", "over_budget"}), notes=notes)
+
+    def _check_kind(self, profile: Any) -> None:
+        """A probe's scores under `heads=file`, or gates under `heads=probe`, would be recorded under a wrong name."""
+        found = "file" if profile.per == "kv" else "probe"
+        if found != self.heads:
+            what = f"{self.profile} holds {'trained gates' if found == 'file' else 'scores of kvcli profile-heads'}"
+            raise KvcliError(what, given=f"--method duo_attention:heads={self.heads}", fix=f"heads={found}")

@@ -1,0 +1,170 @@
+"""How much each attention head of a model retrieves: a small file that `kvcli profile-heads` writes, and where it lies.
+
+Methods that treat heads differently name `head_profile` (or `head_profile:PATH`) in `needs()`. Without a path the file
+is looked for in the model's own folder, then in the user's cache. Imports no torch. The embedded testbed's own is what
+`kvcli profile-heads --model testbed --out kvcli/testbed/weights/head_profile.json` writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvcli.errors import KvcliError
+from kvcli.models.source import ModelSource, fingerprint
+
+NEED = "head_profile"
+FILE = "head_profile.json"
+FORMAT = "kvcli head profile 1"
+TRAINED = "full_attention_heads.tsv"
+"""DuoAttention's own file: a line of tab-separated numbers per layer, one gate in 0..1 per KV head."""
+
+
+@dataclass(frozen=True)
+class HeadProfile:
+    """heads[layer][head]: how much a head retrieves, larger = more; one number per query head (`per` = "query") or per
+    KV head (`per` = "kv": trained gates). Only the order and the shares of the numbers mean something."""
+
+    heads: tuple[tuple[float, ...], ...]
+    per: str = "query"
+    model: dict[str, Any] = field(default_factory=dict)
+    samples: int = 0
+    how: dict[str, Any] = field(default_factory=dict)
+
+    def fits(self, layers: int, heads: int, kv_heads: int) -> bool:
+        width = heads if self.per == "query" else kv_heads
+        return len(self.heads) == layers and all(len(row) == width for row in self.heads)
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [list(row) for row in self.heads]
+        return {"format": FORMAT, "model": self.model, "samples": self.samples, "how": self.how, "heads": rows}
+
+
+def is_profile(need: str) -> bool:
+    return need == NEED or need.startswith(f"{NEED}:")
+
+
+def profile_of(source: ModelSource, need: str) -> HeadProfile:
+    """The profile that a method's need names. Raises KvcliError where there is none, or one of another model."""
+    _, _, path = need.partition(":")
+    return load_profile(source, path or None)
+
+
+def check_profiles(source: ModelSource, needs: Iterable[str], config: Any = None) -> str | None:
+    """Reads the profiles among a method's needs before anything runs; what tells their numbers apart, or None.
+
+    config: the model's, once it is loaded: a profile of another shape is refused. Raises KvcliError.
+    """
+    found = [(need, profile_of(source, need)) for need in sorted(filter(is_profile, needs))]
+    for need, each in found:
+        if config is not None:
+            layers, heads = config.num_hidden_layers, config.num_attention_heads
+            if not each.fits(layers, heads, getattr(config, "num_key_value_heads", None) or heads):
+                what = f"the head profile has {len(each.heads)} layers of {len(each.heads[0])} heads, not this model's"
+                given = need.partition(":")[2] or str(own_place(source) or cache_place(source))
+                raise KvcliError(what, given=given, fix=command(source))
+    text = json.dumps([[each.per, each.heads] for _, each in found])
+    return hashlib.sha256(text.encode()).hexdigest()[:12] if found else None
+
+
+def load_profile(source: ModelSource | str | Path, path: str | None = None) -> HeadProfile:
+    """A model's profile: of `path`, else its folder's, else the user's cache.
+
+    A plain path stands for a model's folder. Raises KvcliError: with the command that makes it where there is none,
+    and for a file that was found without being asked for and was made for other weights.
+    """
+    if not isinstance(source, ModelSource):
+        source = ModelSource(str(source), "folder", str(source))
+    if path is not None:
+        return read_profile(Path(path).expanduser())
+    places = [own_place(source), cache_place(source)]
+    for place in filter(None, places):
+        if place.is_file():
+            found = read_profile(place)
+            if _revision(found.model) != _revision(fingerprint(source)):
+                what = f"{place} was made for other weights than this model's"
+                raise KvcliError(what, given=f"--model {source.text}", fix=f"{command(source)} --out {place}")
+            return found
+    what = f"no head profile of {source.text}: some methods need to know how much each of its heads retrieves"
+    raise KvcliError(what, given=f"--model {source.text}", fix=command(source))
+
+
+def command(source: ModelSource) -> str:
+    """What makes this model's profile."""
+    return f"kvcli profile-heads --model {source.text}"
+
+
+def own_place(source: ModelSource) -> Path | None:
+    """In the model's own folder; None for a model without one."""
+    return Path(source.place) / FILE if source.kind in ("testbed", "folder") else None
+
+
+def cache_place(source: ModelSource) -> Path:
+    """In the user's cache, by the model's fingerprint."""
+    facts = fingerprint(source)
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "kvcli" / "head-profiles" / f"{source.short}-{digest}.json"
+
+
+def _revision(facts: dict[str, Any]) -> Any:
+    """What tells weights apart: of folders the hash alone, so that a folder may be moved or renamed."""
+    return facts if "/" in str(facts.get("model", "")) else facts.get("revision")
+
+
+def read_profile(path: Path) -> HeadProfile:
+    """A file of `kvcli profile-heads`, DuoAttention's `full_attention_heads.tsv`, or a folder that holds either."""
+    if path.is_dir():
+        path = path / (TRAINED if (path / TRAINED).is_file() else FILE)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        reason = "is not text" if isinstance(e, UnicodeDecodeError) else f"cannot be read: {e.strerror}"
+        raise KvcliError(f"{path} {reason}", given=f"profile={path}", fix="a file of kvcli profile-heads") from e
+    try:
+        return _trained(text) if path.suffix == ".tsv" else _measured(text)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        what = f"{path} is no head profile: {e}"
+        raise KvcliError(what, given=f"profile={path}", fix=f"a file of kvcli profile-heads, or {TRAINED}") from e
+
+
+def _measured(text: str) -> HeadProfile:
+    facts = json.loads(text)
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise ValueError(f'it does not say "format": "{FORMAT}"')
+    return HeadProfile(_table(facts["heads"]), "query", dict(facts["model"]), int(facts["samples"]), dict(facts["how"]))
+
+
+def _trained(text: str) -> HeadProfile:
+    """The authors clip their gates to 0..1 when they read them; so here."""
+    rows = [[min(max(float(x), 0.0), 1.0) for x in line.split()] for line in text.splitlines() if line.strip()]
+    return HeadProfile(_table(rows), "kv", how={"score": "trained gates"})
+
+
+def _table(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+    table = tuple(tuple(float(x) for x in row) for row in rows)
+    if not table or not table[0] or len({len(row) for row in table}) > 1:
+        raise ValueError("every layer needs the same number of heads")
+    if not all(math.isfinite(x) and x >= 0 for row in table for x in row):
+        raise ValueError("its numbers must be finite and at least 0")
+    return table
+
+
+def write_profile(profile: HeadProfile, path: Path) -> None:
+    """One layer per line. What another program wrote there is not overwritten."""
+    if path.exists():
+        read_profile(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = profile.to_dict()
+    rows = facts.pop("heads")
+    head = json.dumps(facts, indent=1)[:-2]
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(f'{head},\n "heads": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    temporary.replace(path)
