@@ -153,6 +153,10 @@ class CompressedCache(Cache):
         """16-bit bytes read per new token, where a method chooses what to read; else None."""
         return None
 
+    def left_out(self, row: int) -> bool:
+        """Whether any new token of the row did not read all that is held."""
+        return False
+
     @torch.inference_mode()
     def reform(self, keep: Sequence[int], rows: Sequence[Row], room: Sequence[int]) -> None:
         """The batch becomes the rows of `keep` (ascending) and, behind them, new ones with their room."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvcli.cache.budget import Budget
-from kvcli.cache.rows import STORED_BYTES, Kept, Row, head_positions, payload_bytes
+from kvcli.cache.rows import STORED_BYTES, Kept, Row, head_positions, kept_counts, payload_bytes
 from kvcli.cache.stored import Layers, StoredRow
 from kvcli.engine.generate import Ask, Start, StopRules, end_tokens
 from kvcli.engine.plan import Anchor, Cell, ratio_of
@@ -91,6 +91,9 @@ class Asker:
             row = self._row(cell, method, ctx, selection, budget)
         own = logits if method.kind == "in-prefill" else None
         payload = self._payload(method, ctx, selection)
+        whole = all(count == ctx.n for layer in kept_counts(selection.kept, ctx.kv_heads) for count in layer)
+        if payload is not None and whole and payload >= payload_bytes(selection.kept, self.model.shapes.dims):
+            selection.flags |= {"noop"}  # stored in another form, and no smaller
         if matched is not None and self._misses(selection, matched):
             selection.flags |= {"unreachable"}
         choice = Choice(sample, cell, ctx, selection, time.perf_counter() - started, payload, matched, own)

@@ -48,6 +48,8 @@ class Generated:
     text: str = ""
     alloc: int = 0
     """Bytes of the batch's padded cache per row when the row entered."""
+    left_out: bool = False
+    """Whether some pairs were held and not read."""
     read: float | None = None
     """16-bit bytes read per generated token, where a method chooses what to read."""
     payload: int | None = None
@@ -240,6 +242,7 @@ class _Batch:
             for r in gone:
                 self.outputs[r].payload = self.cache.payload(r)
                 self.outputs[r].read = self.cache.read_per_token(r)
+                self.outputs[r].left_out = self.cache.left_out(r)
                 self.done.append((self.asks[r], self.outputs[r]))
             self.cache.release(gone)
 

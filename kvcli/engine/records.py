@@ -59,6 +59,8 @@ def ok_record(
     kept = payload_bytes(selection.kept, dims) if payload is None else payload
     end = kept + max(0, len(output.ids) - 1) * (dense // n)
     flags = set(selection.flags)
+    if output.left_out:
+        flags.discard("noop")  # all of the prompt would have been read, but the answer made it longer
     if output.payload is not None:
         everything, end = end, output.payload
         if end < everything:

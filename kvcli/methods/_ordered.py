@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvcli.methods.base import Method
     from kvcli.methods.context import Context
 
 
@@ -51,6 +52,6 @@ class Ranked:
         return counts
 
 
-def ranked_once(ctx: Context, key: tuple[Any, ...], scores: Tensor) -> Ranked:
-    """The order of a layer's scores, made once per prompt. key: what the scores depend on."""
-    return ctx.once(("ranked", *key), lambda: Ranked.of(scores))
+def ranked_once(ctx: Context, base: Method, key: tuple[Any, ...], scores: Tensor) -> Ranked:
+    """The order of a layer's scores, made once per prompt. key: what they depend on beside the base and its seed."""
+    return ctx.once(("ranked", base, ctx.seed if base.seeded else None, *key), lambda: Ranked.of(scores))

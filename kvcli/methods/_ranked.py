@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from kvcli.methods.base import Method, Selection
 
@@ -21,6 +21,9 @@ class RankedMethod(Method):
 
     Methods of this kind can be the base of a wrapper, which shares the budget out otherwise or ranks again.
     """
+
+    signed: ClassVar[bool] = False
+    """Whether scores can be below zero: then they cannot be weighed by a product."""
 
     def protected(self, budget: Budget) -> tuple[int, int, frozenset[str]]:
         """(newest tokens, sinks, flags) that are not in the contest; at least the newest one."""

@@ -45,12 +45,16 @@ class AdaKV(Wrapper):
     normalize: bool = setting(False, help="weigh a head's scores by the share that its best B hold (rule=floor)")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if getattr(self.inner, "iterative", False):
             what = f"{self.base} evicts in steps with these settings and has no one score per key"
             raise KvcliError(what, given=f"--method adakv:base={self.base}", fix=f"adakv:base={self.base}")
         if self.normalize and self.rule == "safeguard":
             what = "normalize weighs the scores of rule=floor and has no effect with rule=safeguard"
             raise KvcliError(what, given="--method adakv:normalize=true,rule=safeguard", fix="adakv:normalize=true")
+        if self.normalize and self.inner.signed:
+            what = f"scores of {self.base} can be below zero, and normalize weighs them by a product"
+            raise KvcliError(what, given=f"--method adakv:base={self.base},normalize=true", fix="normalize=false")
         # pairs that a base shares out over layers too are held to the model's total
         scope = "model" if getattr(self.inner, "budget_scope", "") == "model" else "layer"
         object.__setattr__(self, "budget_scope", scope)
@@ -63,7 +67,7 @@ class AdaKV(Wrapper):
         kept: list[Tensor | list[Tensor]] = []
         for layer, size in enumerate(self.inner.sizes(budget, newest, sinks)):
             scores = self.inner.scores(ctx, layer, newest, sinks)
-            ranked = ranked_once(ctx, (self.inner, layer, newest, sinks), scores)
+            ranked = ranked_once(ctx, self.inner, (layer, newest, sinks), scores)
             counts = self._counts(ranked, scores, size)
             best = [order[:count].long() + sinks for order, count in zip(ranked.by_head, counts, strict=True)]
             kept.append([torch.cat([head, always]).sort().values for head in best])

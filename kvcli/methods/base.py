@@ -145,6 +145,10 @@ class Wrapper(Method):
     base: str = setting("", help="whose scores: a method that ranks keys per head")
     inner: Any = field(default=None, metadata={"hidden": True})
 
+    def __post_init__(self) -> None:
+        for fact in ("seeded", "sharing", "keeps_last"):  # on the instance: the class has its own, for its card
+            object.__setattr__(self, fact, getattr(self.inner, fact, getattr(type(self), fact)))
+
     def needs(self) -> frozenset[str]:
         needed: frozenset[str] = self.inner.needs()
         return needed

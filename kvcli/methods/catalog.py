@@ -119,7 +119,8 @@ def _digest(path: Path) -> str:
 
 def code_hash(method: MethodText) -> str | None:
     """Hash of the files of PATH.py:CLASS parts, so that an edited plugin is a new cell; None without such parts."""
-    files = [Path(p.source.rpartition(":")[0]).expanduser() for p in method.parts if ".py:" in p.source]
+    sources = [s for p in method.parts for s in (p.source, *(v for k, v in p.settings if k == "base"))]
+    files = [Path(s.rpartition(":")[0]).expanduser() for s in sources if ".py:" in s]
     presses = [f"kvpress {VERSION}" for p in method.parts if p.source.startswith(PREFIX)]
     return "-".join([*map(_digest, files), *presses]) or None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from kvcli.errors import KvcliError
@@ -42,9 +43,17 @@ class CriticalKV(Wrapper):
     heads: str = setting("even", choices=("even", "adaptive"), help="head budgets: all alike, or by AdaKV's safeguard")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if getattr(self.inner, "iterative", False):
             what = f"{self.base} evicts in steps with these settings and has no one score per key"
             raise KvcliError(what, given=f"--method criticalkv:base={self.base}", fix="criticalkv")
+        if self.inner.signed:
+            what = f"scores of {self.base} can be below zero, and criticalkv multiplies them"
+            raise KvcliError(what, given=f"--method criticalkv:base={self.base}", fix="a base that ranks by attention")
+        if getattr(self.inner, "vnorm", False):
+            what = f"scores of {self.base} hold the norms of the values already, and criticalkv weighs them again"
+            fix = f"criticalkv:base={self.base},base.vnorm=false"
+            raise KvcliError(what, given=f"--method criticalkv:base={self.base}", fix=fix)
         scope = getattr(self.inner, "budget_scope", "head")
         if self.heads == "adaptive" and scope == "head":
             scope = "layer"
@@ -57,17 +66,18 @@ class CriticalKV(Wrapper):
         import torch
 
         newest, sinks, flags = self.inner.protected(budget)
+        first = Fraction(str(self.first))  # a float would lose a key: int(100 * 0.29) is 28
         always = torch.cat([torch.arange(sinks), torch.arange(ctx.n - newest, ctx.n)])
         kept: list[Tensor | list[Tensor]] = []
         for layer, size in enumerate(self.inner.sizes(budget, newest, sinks)):
             scores = self._scores(ctx, layer, newest, sinks)
-            ranked = ranked_once(ctx, (self.inner, layer, newest, sinks), scores)
+            ranked = ranked_once(ctx, self.inner, (layer, newest, sinks), scores)
             counts = ranked.safeguarded(size, 0.2) if self.heads == "adaptive" else [size] * ctx.kv_heads
             # means over the window's queries, which the base sums, so that eps weighs the same for any window
             means = scores / newest if isinstance(self.inner, WindowMethod) else scores
             products = (means + self.eps) * weights(ctx, layer)[:, sinks : ctx.n - newest].to(scores.device)
             best = [
-                _two_stages(order.long(), product, count, int(count * self.first)) + sinks
+                _two_stages(order.long(), product, count, int(first * count)) + sinks
                 for order, product, count in zip(ranked.by_head, products.cpu(), counts, strict=True)
             ]
             heads = [torch.cat([head, always]).sort().values for head in best]

@@ -88,3 +88,8 @@ class DuoAttention(Method):
         if found != self.heads:
             what = f"{self.profile} holds {'trained gates' if found == 'file' else 'scores of kvcli profile-heads'}"
             raise KvcliError(what, given=f"--method duo_attention:heads={self.heads}", fix=f"heads={found}")
+        trained = (profile.how.get("sinks", self.sinks), profile.how.get("recent", self.recent))
+        if found == "file" and trained != (self.sinks, self.recent):
+            what = f"{self.profile} was trained with {trained[0]} sinks and {trained[1]} recent tokens"
+            given = f"--method duo_attention:heads=file,sinks={self.sinks},recent={self.recent}"
+            raise KvcliError(what, given=given, fix=f"sinks={trained[0]},recent={trained[1]}")

@@ -32,6 +32,7 @@ class KeyDiff(RankedMethod):
     title = "KeyDiff"
     paper = "arXiv:2504.15364"
     tier = 2
+    signed = True
 
     block: int = setting(0, ge=0, help="tokens per block of the paper's iterative form; 0 ranks the whole prompt once")
 

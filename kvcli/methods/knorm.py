@@ -33,6 +33,7 @@ class Knorm(RankedMethod):
     title = "Knorm"
     paper = "arXiv:2406.11430"
     tier = 2
+    signed = True
     budget_scope = "model"
     protects = "the last token; layers 0 and 1"
 

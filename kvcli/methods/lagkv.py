@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvcli.methods._ranked import RankedMethod
-from kvcli.methods.base import setting
+from kvcli.methods.base import Selection, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,7 @@ class LagKV(RankedMethod):
     title = "LagKV"
     paper = "arXiv:2504.04704"
     tier = 2
+    signed = True
     protects = "the first tokens, the last whole partition and what follows it; all of them, whatever the budget"
 
     sinks: int = setting(16, ge=0, help="first tokens, always kept")
@@ -44,6 +46,13 @@ class LagKV(RankedMethod):
         newest = budget.n - sinks - compressible
         below = sinks + newest > budget.per_head
         return newest, sinks, frozenset({"unreachable", "over_budget"}) if below else frozenset()
+
+    def select(self, ctx: Context, budget: Budget) -> Selection:
+        selection = super().select(ctx, budget)
+        if "unreachable" in selection.flags:
+            newest, sinks, _ = self.protected(budget)
+            selection.notes["nearest_ratio"] = math.ceil(1e4 * (newest + sinks) / ctx.n) / 1e4
+        return selection
 
     def scores(self, ctx: Context, layer: int, newest: int, sinks: int) -> Tensor:
         return ctx.once(("lag ranks", layer, self.lag, newest, sinks), lambda: self._ranks(ctx, layer, newest, sinks))

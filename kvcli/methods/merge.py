@@ -82,7 +82,7 @@ class MergeDropped(Merge):
         ways = torch.nn.functional.normalize(keys.to(exact), dim=-1)
         nearest = [_nearest(ways[h], p[:-1], g) for h, (p, g) in enumerate(zip(kept, gone, strict=True))]
         every = torch.cat([likeness for likeness, _ in nearest])
-        threshold = every.mean() if len(every) else every.sum()
+        threshold = every.double().mean().clamp_max(every.max()) if len(every) else every.sum()
         out = []
         for h, (likeness, target) in enumerate(nearest):
             near = likeness >= threshold

@@ -22,7 +22,9 @@ class Quest(Reader):
     key value. The first `dense_layers` layers read everything, the others at least `least` pages. Nothing is freed:
     stored bytes stay those of the full cache, flagged `simulated`; what is read per token is recorded, the pages'
     least and greatest values included. Source: arXiv:2406.10774, section 3, and its evaluation code. Differs: query
-    heads that share a KV head choose for themselves, as in the code, and a page that any of them reads counts as read.
+    heads that share a KV head choose for themselves, as in the code, and a page that any of them reads counts as read;
+    where all pages fit, all are read (the code drops a last, unfinished one). The bounds, about 1/`page` of the keys,
+    are not counted among the stored bytes.
     """
 
     name = "quest"

@@ -75,6 +75,8 @@ class _Store:
         import torch
 
         self.width = old.shape[-1]
+        if not old.shape[1] or kept.shape[1] == self.width:  # nothing is pruned: no table either
+            old, kept, recent = old[:, :0], kept[:, :0], torch.cat([old, recent], 1)
         self.kept = kept.to(torch.uint8 if self.width <= 256 else torch.int16)
         self.old = old.gather(-1, kept[:, None].expand(-1, old.shape[1], -1))
         self.recent, self.values = recent.clone(), values.clone()

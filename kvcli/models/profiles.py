@@ -128,7 +128,7 @@ def read_profile(path: Path) -> HeadProfile:
         reason = "is not text" if isinstance(e, UnicodeDecodeError) else f"cannot be read: {e.strerror}"
         raise KvcliError(f"{path} {reason}", given=f"profile={path}", fix="a file of kvcli profile-heads") from e
     try:
-        return _trained(text) if path.suffix == ".tsv" else _measured(text)
+        return _trained(text, path.parent / "config.json") if path.suffix == ".tsv" else _measured(text)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         what = f"{path} is no head profile: {e}"
         raise KvcliError(what, given=f"profile={path}", fix=f"a file of kvcli profile-heads, or {TRAINED}") from e
@@ -141,10 +141,13 @@ def _measured(text: str) -> HeadProfile:
     return HeadProfile(_table(facts["heads"]), "query", dict(facts["model"]), int(facts["samples"]), dict(facts["how"]))
 
 
-def _trained(text: str) -> HeadProfile:
-    """The authors clip their gates to 0..1 when they read them; so here."""
+def _trained(text: str, beside: Path) -> HeadProfile:
+    """The authors clip their gates to 0..1 when they read them; so here. beside: their training's config.json, where it
+    is there, says with how many sinks and recent tokens."""
     rows = [[min(max(float(x), 0.0), 1.0) for x in line.split()] for line in text.splitlines() if line.strip()]
-    return HeadProfile(_table(rows), "kv", how={"score": "trained gates"})
+    facts = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    sizes = {name: int(facts[key]) for name, key in (("sinks", "sink_size"), ("recent", "recent_size")) if key in facts}
+    return HeadProfile(_table(rows), "kv", how={"score": "trained gates", **sizes})
 
 
 def _table(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:

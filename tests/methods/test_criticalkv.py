@@ -25,7 +25,7 @@ from tests.oracles.prompts import Array, Prompt, budget, random_prompt, tied_pro
 
 RATIOS = ["0.02", "0.1", "0.25", "0.3", "0.5", "0.77", "0.9", "1"]
 SETTINGS: list[dict[str, Any]] = [
-    {}, {"first": 0.0}, {"first": 1.0}, {"first": 0.25}, {"eps": 0.5}, {"heads": "adaptive"},
+    {}, {"first": 0.0}, {"first": 1.0}, {"first": 0.25}, {"first": 0.29}, {"eps": 0.5}, {"heads": "adaptive"},
     {"heads": "adaptive", "first": 0.25},
 ]  # fmt: skip
 BASES = ["snapkv:window=8", "snapkv", "snapkv:window=4,kernel=3,reduce=max", "pyramidkv"]

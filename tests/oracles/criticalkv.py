@@ -9,6 +9,7 @@ of an observation window are means over its queries. heads=adaptive: B is the he
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 from tests.oracles.adakv import Scores, head_counts
 from tests.oracles.picks import Answer, Top
@@ -54,7 +55,9 @@ def criticalkv(
         counts = head_counts(found, size, rule="safeguard") if heads == "adaptive" else [size] * prompt.kv_heads
         row = []
         for h, (head, count) in enumerate(zip(found, counts, strict=True)):
-            stage1 = sorted(range(len(head)), key=lambda p, head=head: (-head[p], p))[: int(first * count)]
+            stage1 = sorted(range(len(head)), key=lambda p, head=head: (-head[p], p))[
+                : int(Fraction(str(first)) * count)
+            ]
             others = {p: (s + eps) * weight[h][p] for p, s in enumerate(head) if p not in stage1}
             row.append(Top(always | set(stage1), others, count - len(stage1)))
         picks.append(row)

@@ -41,5 +41,6 @@ def think(
         for channel in range(width):
             if channel not in stay:
                 out[token, channel] = 0.0
-    size = 2 * (old * len(stay) + (len(kept) - old) * width + len(kept) * width) + len(stay)
+    size = 2 * (old * len(stay) + (len(kept) - old) * width + len(kept) * width)
+    size += len(stay) if old and gone else 0  # channel numbers where some are missing
     return out, stay, size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -9,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvcli.models.source import TESTBED_FOLDER
+from kvcli.models.source import TESTBED_FOLDERS
 from kvcli.testbed import language
 from kvcli.testbed import vocabulary as V
 from kvcli.testbed.model import Shape, build, build_tokenizer, structured_init
-from kvcli.testbed.train import Recipe, train
+from kvcli.testbed.train import RECIPES, Recipe, train
 
 SMALL = Recipe(shape=Shape(hidden=96, layers=3, heads=4, kv_heads=2, intermediate=32), steps=6, tokens_per_step=256,
                stages=((0.0, 64),), warmup=2)  # fmt: skip
@@ -135,10 +136,47 @@ def test_full_cache_accuracy_of_the_shipped_weights() -> None:
         assert min(row["accuracy"].values()) >= (0.97 if row["length"] <= 768 else 0.90), row
 
 
+@pytest.mark.parametrize("name", TESTBED_FOLDERS)
+def test_shipped_recipes_are_those_of_the_code(name: str) -> None:
+    recipe = json.loads((TESTBED_FOLDERS[name] / "recipe.json").read_text())
+    known = RECIPES.get(name) or dataclasses.replace(RECIPES["testbed"], seed=2)
+    assert recipe == json.loads(json.dumps(dataclasses.asdict(known)))
+    limit = 8_000_000 if name == "testbed-deep" else 2 << 20
+    assert sum(file.stat().st_size for file in TESTBED_FOLDERS[name].iterdir()) < limit
+
+
+def test_the_deep_model_answers_its_long_prompts() -> None:
+    from kvcli.engine.testbed_accuracy import measure
+
+    (row,) = measure("testbed-deep", 5, [1800], suite="testbed_deep")
+    assert set(row["accuracy"]) == set(V.FAMILIES)
+    assert sum(row["accuracy"].values()) / 8 >= 0.9 and min(row["accuracy"].values()) >= 0.6, row
+
+
+@pytest.mark.slow
+def test_full_cache_accuracy_of_the_deep_weights() -> None:
+    """The bar of docs/testbed.md: 95 % in every family, n = 100; a few answers may fall elsewhere on other machines."""
+    from kvcli.engine.testbed_accuracy import measure
+
+    for row in measure("testbed-deep", 100, [448, 1800], suite="testbed_deep"):
+        assert min(row["accuracy"].values()) >= 0.93, row
+
+
+@pytest.mark.parametrize("family", V.FAMILIES)
+def test_distractors_are_of_other_families_and_change_no_answer(family: str) -> None:
+    dialect = language.Dialect(12, 0.5)
+    for seed in range(20):
+        shots = 4 if family in ("needle", "longgen") else 12
+        episode = language.exam_episode(random.Random(seed), family, 1200, shots, dialect)
+        assert len(episode.shots) == shots + 1 and all(episode.shots[-1].known)
+        words = {"knowledge": {"capital", "colour"}, "choice": {"pick"}, "arithmetic": {"start"}}
+        strange = [s for s in episode.shots if any(words[o] & set(s.question) for o in language.DISTRACTORS[family])]
+        assert len(strange) == shots // 2 and episode.shots[-1] not in strange
+        plain = language.exam_episode(random.Random(seed), family, 700, shots, language.PLAIN)
+        assert not any(words[o] & set(s.question) for o in language.DISTRACTORS[family] for s in plain.shots)
+
+
 def test_shipped_files_are_what_the_code_makes() -> None:
-    recipe = json.loads((TESTBED_FOLDER / "recipe.json").read_text())
-    assert json.loads(json.dumps(recipe)) == json.loads(json.dumps(Recipe(), default=vars))
-    assert (TESTBED_FOLDER / "model.safetensors").stat().st_size < 2 << 20
     tokenizer = build_tokenizer()
     assert tokenizer.get_vocab() == V.ID
     assert tokenizer("opt A").input_ids == [V.ID[V.BOS], V.ID["opt"], V.ID["A"]]
