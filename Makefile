@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help .venv .venv-dev demo test test-slow lint format bench clean
+.PHONY: cards help .venv .venv-dev demo test test-slow lint format bench clean
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -14,6 +14,9 @@ STAMP := $(VENV)/.kvcli-installed
 LOG := install.log
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n $(JOBS)
+
+cards: .venv-dev ## run the methods' tests and a small sweep, write docs/methods/
+	$(BIN)/python docs/cards.py --measure
 
 help: ## print this list
 	@grep -E '^[a-z.-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14

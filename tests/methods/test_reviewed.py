@@ -122,7 +122,7 @@ def test_equal_likenesses_reach_their_own_mean() -> None:
     assert isinstance(merge, Merge)
     for dropped in (7, 24, 31):
         ctx = context_for(build("full"), prompt, dtype=torch.float32)
-        ctx.keys = [key[:, :1].expand_as(key).clone() for key in ctx.keys]  # all keys of a head are one
+        ctx.keys = [key[:1, :1].expand_as(key).clone() for key in ctx.keys]  # all keys are one
         kept = [torch.arange(dropped, 41)] * ctx.kv_heads
         for head, (_, values) in enumerate(merge.fold(ctx, 0, kept)):
             own = ctx.values[0][head, dropped:]
