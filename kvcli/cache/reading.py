@@ -52,10 +52,11 @@ class ReadingCache(CompressedCache):
         kept = self.layers[layer]
         key, value = kept._keys.shape[-1], kept._values.shape[-1]
         pairs = read.sum((1, 2)).tolist()
+        chose = (chosen_from.sum(1) > 0).tolist()
         beside = self.method.looked_at(chosen_from.double().cpu(), key).sum(1).tolist()
         for row, live in enumerate(self._live):
             if live:
-                self._left_out[row] |= beside[row] > 0
+                self._left_out[row] |= chose[row]
                 self._bytes[row] += (pairs[row] * (key + value) + beside[row]) * STORED_BYTES
 
     def read_per_token(self, row: int) -> float | None:

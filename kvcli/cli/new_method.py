@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import keyword
 import re
+import sys
 from pathlib import Path
 from string import Template
 from typing import Annotated
@@ -42,6 +44,9 @@ def command(
         )
     if name in (*catalog.names(), "all", "kvpress") or re.fullmatch(r"tier\d+", name):
         raise KvcliError(f"there is a method '{name}' already", given=given, fix=f"kvcli new-method my_{name}")
+    if not package and (name in sys.stdlib_module_names or importlib.util.find_spec(name) is not None):
+        what = f"a file {name}.py would stand in the way of Python's own '{name}'"
+        raise KvcliError(what, given=given, fix=f"kvcli new-method my_{name}")
     class_name = "".join(word.capitalize() for word in name.split("_"))
     files = _package(name, class_name) if package else _single(name, class_name)
     paths = [(out / place, text) for place, text in files.items()]

@@ -55,6 +55,7 @@ def command(
     source = parse_model(model or "testbed")
     if out is not None and out.is_dir():
         raise KvcliError(f"{out} is a folder", given=f"--out {out}", fix=f"--out {out / 'head_profile.json'}")
+    _check(dtype, attn, template, threads)
     quiet_libraries()
     from kvcli.engine.profiling import Settings, measure, strongest
     from kvcli.models.profiles import cache_place, own_place, read_profile, write_profile
@@ -62,6 +63,10 @@ def command(
     place = out or cache_place(source)
     if place.exists():
         read_profile(place)  # refuses, before the model is run, what it could not overwrite
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise KvcliError(f"cannot write {place}: {e.strerror}", given=f"--out {place}", fix="another --out") from e
     asked = Settings(
         task, limit, prompt_tokens, wrong_too, tokenizer, dtype or "auto", device or "auto", attn or "auto", threads,
         template or "auto", bool(trust_remote_code), data_dir,
@@ -78,6 +83,16 @@ def command(
     found_alone = place.resolve() in [p.resolve() for p in (own_place(source), cache_place(source)) if p]
     setting = "" if found_alone else f":profile={place}"
     output.next_command(f"kvcli sweep --model {source.text} --method {_reader()}{setting} --ratio 0.2")
+
+
+def _check(dtype: str | None, attn: str | None, template: str | None, threads: int | None) -> None:
+    from kvcli.engine.prepare import one_of, positive
+    from kvcli.models import loader
+
+    one_of("--dtype", dtype or "auto", loader.DTYPES)
+    one_of("--attn", attn or "auto", ("auto", "flash", "sdpa", "blockwise", "reference"))
+    one_of("--template", template or "auto", ("auto", "chat", "raw"))
+    positive("--threads", threads)
 
 
 def _reader() -> str:

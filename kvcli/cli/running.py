@@ -17,7 +17,7 @@ def one_cell(config: SweepConfig) -> SweepConfig:
     """The config of `run`: one method, one ratio or budget, one task. Raises KvcliError for more or fewer."""
     from kvcli.evals.loader import find_tasks
     from kvcli.grammar import parse_ratios
-    from kvcli.methods.catalog import expand
+    from kvcli.methods.catalog import build, expand
     from kvcli.weights.spec import canonical, parse_weights
 
     methods = [str(m) for m in expand(config.methods or ("full",))]
@@ -33,7 +33,11 @@ def one_cell(config: SweepConfig) -> SweepConfig:
     if sizes and methods == ["full"] and not config.methods:
         fix = f"--method snapkv --ratio {sizes[0]}"
         raise KvcliError("run needs --method with a ratio or budget", given=sizes[0], fix=fix)
-    if not sizes and methods != ["full"]:
+    sized = build(methods[0]).domain.kind == "continuous"
+    if sizes and methods != ["full"] and not sized:
+        what = f"{methods[0]} takes no ratio or budget: its own settings decide what it keeps"
+        raise KvcliError(what, given=sizes[0], fix=f"--method {methods[0]} alone")
+    if not sizes and methods != ["full"] and sized:
         fix = f"--method {methods[0]} --ratio 0.2"
         raise KvcliError("run needs --ratio or --budget", given=f"--method {methods[0]}", fix=fix)
     return dataclasses.replace(config, methods=tuple(methods))

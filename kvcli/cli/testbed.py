@@ -62,7 +62,9 @@ def train(
     except ValueError as e:
         raise KvcliError(str(e), given=f"--out {out}", fix="another --out, or the same --steps and --seed") from e
     output.result(str(folder))
-    output.next_command(f"kvcli sweep --model ./{folder} --task testbed --method tier1 --ratio 0.3")
+    model = folder if folder.is_absolute() else f"./{folder}"
+    suite = "testbed" if recipe == "testbed" else "testbed_deep"
+    output.next_command(f"kvcli sweep --model {model} --task {suite} --method tier1 --ratio 0.3")
 
 
 @app.command()

@@ -21,7 +21,7 @@ from kvcli.engine.pool import Cap, PoolRow
 from kvcli.engine.prefilling import Ready
 from kvcli.engine.prepare import PromptSet
 from kvcli.engine.sampling import Sampler
-from kvcli.engine.selecting import checked, guarded, select
+from kvcli.engine.selecting import SharedContextWritten, checked, guarded, select
 from kvcli.errors import KvcliError
 from kvcli.grammar import round_half_up
 from kvcli.methods.base import Block, Merge, Method, Selection, Transform
@@ -105,8 +105,13 @@ class Asker:
         method = self.method(anchor)
 
         def make() -> int:
-            selection = select(method, ctx, self._budget(anchor, ctx))
-            payload = self._payload(method, ctx, selection)
+            try:
+                selection = select(method, ctx, self._budget(anchor, ctx))
+                payload = self._payload(method, ctx, selection)
+            except (ValueError, KvcliError) as error:
+                if isinstance(error, SharedContextWritten):
+                    raise
+                raise ValueError(f"the bytes of {anchor.method} cannot be had: {error}") from error
             return payload_bytes(selection.kept, self.model.shapes.dims) if payload is None else payload
 
         seed = ctx.seed if method.seeded else None
@@ -158,12 +163,15 @@ class Asker:
         return PoolRow(keys, values, chosen, None, ctx.n, cap, state, cell.decode["interval"])
 
     def _payload(self, method: Method, ctx: Context, selection: Selection) -> int | None:
-        """What a transform makes of all kept pairs of the prompt; their number alone counts, merged or not."""
+        """Bytes of what a transform makes of all kept pairs of the prompt; None without one."""
         transform = transform_of(method)
         if transform is None:
             return None
-        row = Row(ctx.keys, ctx.values, selection.kept)
-        layers = stored_layers(transform, ctx, row, selection.kept)
+        merge = merge_of(method)
+        keys, values, chosen = ctx.keys, ctx.values, selection.kept
+        if merge is not None:
+            keys, values, chosen = _merged(merge, ctx, selection.kept)
+        layers = stored_layers(transform, ctx, Row(keys, values, chosen), selection.kept)
         return sum(store.payload() for blocks in layers for _, store in blocks)
 
     def _rotate(self, cell: Cell, selection: Selection) -> Any:

@@ -244,9 +244,10 @@ def _method_cells(
         raise KvcliError(what, given=f"--method {text} --first-token {first_token}", fix="--first-token prefill")
     profile = profiles.check_profiles(parse_model(config.model), method.needs())
     for ratio, budget, anchor in sizes:
-        more: dict[str, Any] = {"match": _anchor_key(anchor)} if anchor else {}
+        more: dict[str, Any] = {"match": _anchor_key(config, anchor)} if anchor else {}
         more |= {"head_profile": profile} if profile else {}
-        for seed in config.seeds if method.seeded or config.temperature else (None,):
+        seeded = method.seeded or config.temperature or (anchor and catalog.build(anchor.method).seeded)
+        for seed in config.seeds if seeded else (None,):
             for decode in decode_settings(config, method, ratio):
                 for draw in range(config.draws):
                     key = {
@@ -264,8 +265,11 @@ def _method_cells(
                                weights.text, anchor)  # fmt: skip
 
 
-def _anchor_key(anchor: Anchor) -> dict[str, Any]:
-    return {**dataclasses.asdict(anchor), "code": catalog.code_hash(parse_methods([anchor.method])[0])}
+def _anchor_key(config: SweepConfig, anchor: Anchor) -> dict[str, Any]:
+    """Everything that decides the anchor's bytes."""
+    profile = profiles.check_profiles(parse_model(config.model), catalog.build(anchor.method).needs())
+    found = {**dataclasses.asdict(anchor), "code": catalog.code_hash(parse_methods([anchor.method])[0])}
+    return found | ({"head_profile": profile} if profile else {})
 
 
 def decode_settings(config: SweepConfig, method: Method, ratio: str | None) -> list[dict[str, Any] | None]:

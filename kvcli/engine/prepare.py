@@ -88,23 +88,23 @@ def check(config: SweepConfig) -> Request:
     ratios = (
         () if config.budgets or not sized else tuple(map(ratio_text, parse_ratios(config.ratios or DEFAULT_RATIOS)))
     )
-    _positive("--limit", config.limit)
-    _positive("--max-new-tokens", config.max_new_tokens)
-    _positive("--max-prompt-tokens", config.max_prompt_tokens)
-    _positive("--threads", config.threads)
-    _positive("--max-time", config.max_time)
+    positive("--limit", config.limit)
+    positive("--max-new-tokens", config.max_new_tokens)
+    positive("--max-prompt-tokens", config.max_prompt_tokens)
+    positive("--threads", config.threads)
+    positive("--max-time", config.max_time)
     if config.keep_maps < 0:
         raise KvcliError("--keep-maps must be at least 0", given=f"--keep-maps {config.keep_maps}", fix="--keep-maps 0")
-    _positive("--decode-batch", config.decode_batch)
-    _positive("--prefill-batch", config.prefill_batch)
+    positive("--decode-batch", config.decode_batch)
+    positive("--prefill-batch", config.prefill_batch)
     for name, values in (("--budget", config.budgets), ("--shots", tuple(s + 1 for s in config.shots))):
         for value in values:
-            _positive(name, value, shift=1 if name == "--shots" else 0)
-    _one_of("--dtype", config.dtype, loader.DTYPES)
-    _one_of("--template", config.template, ("auto", "chat", "raw"))
-    _one_of("--attn", config.attn, ("auto", "flash", "sdpa", "blockwise", "reference"))
+            positive(name, value, shift=1 if name == "--shots" else 0)
+    one_of("--dtype", config.dtype, loader.DTYPES)
+    one_of("--template", config.template, ("auto", "chat", "raw"))
+    one_of("--attn", config.attn, ("auto", "flash", "sdpa", "blockwise", "reference"))
     for mode in config.first_token:
-        _one_of("--first-token", mode, ("compressed", "prefill"))
+        one_of("--first-token", mode, ("compressed", "prefill"))
     weights = _check_weights(config, source)
     decode_ratios = _check_decoding(config, methods)
     _check_sampling(config)
@@ -125,7 +125,7 @@ def _check_match(config: SweepConfig, methods: Sequence[str]) -> bool:
     """
     if config.match is None:
         return True
-    _one_of("--match", config.match, ("bytes",))
+    one_of("--match", config.match, ("bytes",))
     built = {text: catalog.build(text) for text in methods}
     anchors = [text for text, method in built.items() if is_anchor(method)]
     given = f"--method {','.join(methods)} --match bytes"
@@ -176,10 +176,10 @@ def _check_decoding(config: SweepConfig, methods: Sequence[str]) -> tuple[str, .
     if len(asked) > 1:
         what = "--decode-ratio, --decode-budget and --cap fixed exclude each other"
         raise KvcliError(what, given=" ".join(asked), fix="keep one of them")
-    _one_of("--cap", config.cap, ("grow", "fixed"))
-    _positive("--decode-interval", config.decode_interval)
+    one_of("--cap", config.cap, ("grow", "fixed"))
+    positive("--decode-interval", config.decode_interval)
     for size in config.decode_budgets:
-        _positive("--decode-budget", size)
+        positive("--decode-budget", size)
     if (config.budgets or config.match) and "same" in texts:
         other = f"--budget {config.budgets[0]}" if config.budgets else f"--match {config.match}"
         given = f"{other} --decode-ratio same"
@@ -200,7 +200,7 @@ def _check_sampling(config: SweepConfig) -> None:
         raise KvcliError("--temperature must lie in 0..100", given=given, fix="--temperature 0.7")
     if not 0 < config.top_p <= 1:
         raise KvcliError("--top-p must lie in (0, 1]", given=f"--top-p {config.top_p}", fix="--top-p 0.95")
-    _positive("--draws", config.draws)
+    positive("--draws", config.draws)
     if config.temperature == 0 and config.draws > 1:
         given = f"--draws {config.draws}"
         raise KvcliError("without --temperature every draw is the same", given=given, fix="--temperature 0.7")
@@ -237,7 +237,7 @@ def task_text(task: Task) -> str:
     return task.name if task.name in task_names() else task.source
 
 
-def _positive(option: str, value: float | None, shift: int = 0) -> None:
+def positive(option: str, value: float | None, shift: int = 0) -> None:
     if value is not None and value <= 0:
         given = f"{option} {value - shift}"
         raise KvcliError(
@@ -254,7 +254,7 @@ def _check_needs(method: str, source: ModelSource) -> None:
     profiles.check_profiles(source, needs)
 
 
-def _one_of(option: str, value: str, choices: Sequence[str]) -> None:
+def one_of(option: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise KvcliError(f"{option} '{value}' is not known", given=f"{option} {value}", fix=" | ".join(choices))
 

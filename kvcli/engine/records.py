@@ -105,7 +105,7 @@ def _fidelity(ids: list[int], full: list[int] | None, distance: Distance | None)
     result: dict[str, Any] = dict.fromkeys(("kl", "top1", "nll", "tokens", "first_divergence", "identical"))
     if distance is not None:
         figures = dataclasses.asdict(distance).items()  # NaN where the model gave NaN: a line holds none
-        result.update({k: round(v, 8) if math.isfinite(v) else None for k, v in figures})
+        result.update({k: round(v, 8) + 0.0 if math.isfinite(v) else None for k, v in figures})  # no -0.0
     if full is not None:
         at = next((i for i, (a, b) in enumerate(zip(ids, full, strict=False)) if a != b), min(len(ids), len(full)))
         result["identical"] = ids == full

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -67,8 +68,31 @@ def _by_name(source: str) -> type[Method]:
             raise TypeError(f"kvcli/methods/{source}.py must define exactly one method named {source!r}")
         return found[0]
     if source in _entry_points():
-        return _checked(_entry_points()[source].load(), source)
+        return _checked(_loaded(source), source)
     raise unknown("method", source, names(), given=f"--method {source}", listing="kvcli list methods")
+
+
+def _loaded(source: str) -> Any:
+    point = _entry_points()[source]
+    try:
+        return point.load()
+    except Exception as e:
+        what = f"the package of method '{source}' cannot be imported: {type(e).__name__}: {e}"
+        raise KvcliError(what, given=f"--method {source}", fix=f"mend or uninstall {point.value}") from e
+
+
+def _installed(source: str) -> str | None:
+    """Hash of the package behind an installed method: its version and its files; None for methods of kvcli itself."""
+    point = None if source in _files() else _entry_points().get(source)
+    if point is None:
+        return None
+    _by_name(source)  # a package that cannot be imported is named, not hashed
+    spec = importlib.util.find_spec(point.module)
+    version = point.dist.version if point.dist else ""
+    files = [Path(spec.origin)] if spec and spec.origin else []
+    if spec and spec.submodule_search_locations:
+        files = sorted(files[0].parent.rglob("*.py")) if files else []
+    return hashlib.sha256("\0".join([version, *map(_digest, files)]).encode()).hexdigest()[:12]
 
 
 def _from_file(source: str) -> type[Method]:
@@ -118,11 +142,13 @@ def _digest(path: Path) -> str:
 
 
 def code_hash(method: MethodText) -> str | None:
-    """Hash of the files of PATH.py:CLASS parts, so that an edited plugin is a new cell; None without such parts."""
+    """Hash of the code behind parts and bases that do not come with kvcli, so that an edited plugin is a new cell; None
+    where all do."""
     sources = [s for p in method.parts for s in (p.source, *(v for k, v in p.settings if k == "base"))]
     files = [Path(s.rpartition(":")[0]).expanduser() for s in sources if ".py:" in s]
     presses = [f"kvpress {VERSION}" for p in method.parts if p.source.startswith(PREFIX)]
-    return "-".join([*map(_digest, files), *presses]) or None
+    packages = [found for s in sources if (found := _installed(s))]
+    return "-".join([*map(_digest, files), *packages, *presses]) or None
 
 
 def expand(texts: Iterable[str]) -> list[MethodText]:
@@ -147,7 +173,7 @@ def _group(method: MethodText) -> list[MethodText]:
     if part.settings or len(method.parts) > 1:
         fix = f"name the methods one by one, or --method {part.source}"
         raise KvcliError(f"'{part.source}' takes no settings and no '+'", given=f"--method {method}", fix=fix)
-    members = [n for n in names() if part.source == "all" or find(n).tier == int(tier)]
+    members = [n for n in _usable() if part.source == "all" or find(n).tier == int(tier)]
     if not members:
         tiers = sorted({find(n).tier for n in names()})
         fix = " or ".join(f"tier{t}" for t in tiers if t) + ", or all"
@@ -262,4 +288,14 @@ def _value(field: dataclasses.Field[Any], text: str, part: Part) -> Any:
 
 def cards() -> list[dict[str, Any]]:
     """The declared facts of all named methods, benchmark's own first."""
-    return sorted((find(name).card() for name in names()), key=lambda c: (c["tier"], c["name"]))
+    return sorted((find(name).card() for name in _usable()), key=lambda c: (c["tier"], c["name"]))
+
+
+def _usable() -> list[str]:
+    """All names whose code can be imported: one broken package leaves the others usable."""
+    good = []
+    for name in names():
+        with contextlib.suppress(KvcliError):
+            find(name)
+            good.append(name)
+    return good

@@ -34,7 +34,11 @@ class Composed(Method):
         ]
         given = f"--method {text}"
         if kinds[0] == "merge":
-            raise KvcliError("there is nothing to merge: no evictor before it", given=given, fix=f"snapkv+{text}")
+            raise KvcliError(
+                "there is nothing to merge: no evictor before it",
+                given=given,
+                fix=f"snapkv+{text}" if "evict" not in kinds else ORDER,
+            )
         if kinds != sorted(kinds, key=("evict", "merge", "transform").index) or len(set(kinds)) < len(kinds):
             raise KvcliError("these methods cannot be combined in this order", given=given, fix=ORDER)
         by_kind = dict(zip(kinds, parts, strict=True))

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Full(Method):
+    """Every pair stays; decoded like the rows of every other method, so that only what is evicted makes a difference."""
+
     name = "full"
     title = "Full cache"
     tier = 0

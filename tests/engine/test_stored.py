@@ -276,12 +276,13 @@ def test_a_plugin_that_changes_nothing_has_fulls_figures(exact: Model, tmp_path:
     sink, outcome = asks.sweep(exact, config, tiny.prompt_set([50, 33]), Options(64, fidelity=True))
     assert outcome.errors == 0
     by = {(r["method"], r["sample_id"], r["first_token"]): r for r in sink.records}
-    same = ("output_ids", "measured_ratio", "kv_bytes", "flags", "kept", "kept_by_region", "score")
+    same = ("output_ids", "measured_ratio", "kv_bytes", "kept", "kept_by_region", "score")
     for sample in ("s0", "s1"):
         for mode in ("compressed", "prefill"):
             for stored, own in ((methods[0], "full"), (methods[2], methods[1])):
                 a, b = by[stored, sample, mode], by[own, sample, mode]
                 assert {k: a[k] for k in same} == {k: b[k] for k in same}
+                assert a["flags"] == (["noop"] if own == "full" else b["flags"]), "alone it saves nothing"
                 assert a["fidelity"]["kl"] == pytest.approx(b["fidelity"]["kl"], abs=1e-8)
                 assert a["fidelity"]["top1"] == b["fidelity"]["top1"]
 

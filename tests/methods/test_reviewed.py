@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,14 @@ import torch
 
 from kvcli.cache.budget import Budget
 from kvcli.config import SweepConfig
+from kvcli.engine.plan import make_cells
+from kvcli.engine.runner import Options, Runner
 from kvcli.errors import KvcliError
 from kvcli.grammar import parse_methods
+from kvcli.methods import catalog
 from kvcli.methods.base import Merge
 from kvcli.methods.catalog import build, code_hash
-from kvcli.models.profiles import read_profile
+from kvcli.models.profiles import HeadProfile, read_profile
 from tests.engine import tiny
 from tests.engine.asks import exact_model
 from tests.oracles.harness import context_for
@@ -127,3 +132,70 @@ def test_equal_likenesses_reach_their_own_mean() -> None:
         for head, (_, values) in enumerate(merge.fold(ctx, 0, kept)):
             own = ctx.values[0][head, dropped:]
             assert not torch.equal(values, own), f"{dropped} equal keys: none was merged in head {head}"
+
+
+PACKAGE = """
+import dataclasses, torch
+from kvcli import Method, Selection
+@dataclasses.dataclass(frozen=True)
+class Ends(Method):
+    def select(self, ctx, budget):
+        return Selection([torch.arange(ctx.n - budget.per_head, ctx.n)] * ctx.layers)
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package with the entry points `ends` and `broken`, found as installed ones are."""
+    facts = tmp_path / "ends-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: ends\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text("[kvcli.methods]\nends = ends_package:Ends\nbroken = no_such_module:X\n")
+    (tmp_path / "ends_package.py").write_text(PACKAGE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for cached in (catalog.names, catalog._entry_points, catalog._by_name):
+        cached.cache_clear()
+    yield tmp_path / "ends_package.py"
+    for cached in (catalog.names, catalog._entry_points, catalog._by_name):
+        cached.cache_clear()
+
+
+def test_an_edited_package_is_a_new_cell_and_a_broken_one_leaves_the_others_usable(installed: Path) -> None:
+    (text,) = parse_methods(["ends"])
+    before = code_hash(text)
+    installed.write_text(PACKAGE + "\n# edited\n")
+    assert before and code_hash(text) not in (None, before)
+    assert code_hash(parse_methods(["snapkv"])[0]) is None
+    with pytest.raises(KvcliError, match="package of method 'broken' cannot be imported"):
+        build("broken")
+    names = {card["name"] for card in catalog.cards()}
+    assert "snapkv" in names and "broken" not in names
+    assert "broken" not in [str(m) for m in catalog.expand(["all"])]
+
+
+def test_an_anchors_profile_and_seed_are_part_of_the_cells_matched_to_it(tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+
+    def ids(first: float) -> dict[str, str]:
+        profile = HeadProfile(((first, 0.1, 0.2, 0.3),) * 4)
+        file.write_text(json.dumps(profile.to_dict()))
+        config = SweepConfig(methods=("snapkv", f"headkv:profile={file}+kivi"), ratios=("0.5",), match="bytes")
+        return {c.method: c.id for c in make_cells(config, [tiny.TASK], {"model": "tiny"})}
+
+    before, after = ids(0.4), ids(0.9)
+    assert before["full"] == after["full"] and before["snapkv"] != after["snapkv"]
+    config = SweepConfig(methods=("snapkv", "random+kivi"), ratios=("0.5",), match="bytes", seeds=(0, 1))
+    matched = [c for c in make_cells(config, [tiny.TASK], {"model": "tiny"}) if c.method == "snapkv"]
+    assert [c.seed for c in matched] == [0, 1]
+
+
+def test_bytes_behind_a_merge_are_those_of_what_was_merged() -> None:
+    config = SweepConfig(
+        methods=("streaming_llm+merge+minicache:gamma=0.3,start=0",), ratios=("0.5",), max_new_tokens=1
+    )
+    prompts = tiny.prompt_set([40, 64, 91])
+    plan = tiny.plan_of(config, prompts)
+    sink = tiny.Memory()
+    Runner(tiny.tiny_llama(), plan, {("any", 3): prompts}, sink, Options(64, max_new_tokens=1)).run()
+    mine = [r for r in sink.records if r["method"] != "full"]
+    assert len(mine) == 3 and all(r["kv_bytes"]["prefill"] == r["kv_bytes"]["end"] for r in mine)
