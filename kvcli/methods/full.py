@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Full(Method):
-    """Every pair stays; decoded like the rows of every other method, so that only what is evicted makes a difference."""
+    """Every pair stays. Its rows decode like those of every other method, so only what is evicted makes a difference."""
 
     name = "full"
     title = "Full cache"

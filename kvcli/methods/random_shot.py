@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class RandomShot(Method):
     """Whole shots in random order while they fit, protected tokens as in ShotKV; seeded per sample.
 
-    Source: arXiv:2502.01941v4, table 4. Differs: the paper does not say whether layers draw apart; here they do, as ShotKV
-    chooses per layer, and `scope=all-layers` draws once.
+    Source: arXiv:2502.01941v4, table 4. Differs: the paper does not say whether layers draw apart; here they do,
+    as ShotKV chooses per layer, and `scope=all-layers` draws once.
     """
 
     name = "random_shot"
