@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Full(Method):
-    """Every pair stays. Its rows decode like those of every other method, so only what is evicted makes a difference."""
+    """Every pair stays. Its rows decode as those of every other method do: only what is evicted makes a difference."""
 
     name = "full"
     title = "Full cache"
