@@ -7,7 +7,12 @@ from torch import Tensor
 
 
 def top_positions(scores: Tensor, k: int) -> Tensor:
-    """Sorted positions [..., k] (on the CPU) of the k largest scores [..., n]; of equal scores the first stays."""
+    """Sorted positions [..., k] (on the CPU) of the k largest scores [..., n]; of equal scores the first stays.
+
+    Raises ValueError for NaN, which has no place in an order.
+    """
+    if bool(scores.isnan().any()):
+        raise ValueError("scores contain NaN")
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     return order[..., :k].sort(-1).values.cpu()
 

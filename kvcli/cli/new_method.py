@@ -20,7 +20,7 @@ NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 
 
 def command(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the method: letters, digits and _.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the method: small letters, digits and _.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write into.")] = Path(),
     package: Annotated[
         bool, typer.Option("--package", help="Write a package that others can install and name by NAME.")

@@ -80,7 +80,9 @@ def command(
         rows = [(layer, head, f"{score:.4f}") for layer, head, score in strongest(profile, 10)]
         output.result(output.table(("layer", "head", "score"), rows))
         output.result(str(place))
-    found_alone = place.resolve() in [p.resolve() for p in (own_place(source), cache_place(source)) if p]
+    own = own_place(source)
+    first = own if own is not None and own.is_file() else cache_place(source)  # where methods look first
+    found_alone = place.resolve() == first.resolve()
     setting = "" if found_alone else f":profile={place}"
     output.next_command(f"kvcli sweep --model {source.text} --method {_reader()}{setting} --ratio 0.2")
 

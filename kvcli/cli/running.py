@@ -57,7 +57,7 @@ def perform(config: SweepConfig, passed: dict[str, Any], *, dry_run: bool, json:
         from kvcli.engine.session import execute, open_session
 
         session = open_session(request, lambda text: None)
-        for warning in session.prepared.warnings:
+        for warning in [*session.prepared.warnings, *_without_ratio(request.config, passed)]:
             output.warn(warning)
         _announce(session, json=json and dry_run, dry_run=dry_run)
         if dry_run:
@@ -132,6 +132,17 @@ def _announce(session: Any, *, json: bool, dry_run: bool) -> None:
             output.note(line)
 
 
+def _without_ratio(config: SweepConfig, passed: dict[str, Any]) -> list[str]:
+    """Says which methods a typed ratio or budget does not apply to."""
+    from kvcli.methods.catalog import build
+
+    typed_size = "--ratio" if passed.get("ratios") else "--budget" if passed.get("budgets") else ""
+    own = [m for m in config.methods if typed_size and build(m).domain.kind == "none"]
+    return [f"{', '.join(own)}: a size of their own, {typed_size} does not apply"] if own else []
+
+
+_KINDS = {"kept": "caches that only grow", "stored": "caches stored in other forms"}
+"""Rows of one kind decode together."""
 _SHARING = {
     1: "one prefill for all of them",
     2: "one prefill for all of them, and an extra pass per prompt",
@@ -155,7 +166,7 @@ def _details(facts: Any) -> list[str]:
         )
     lines.append("storage kinds")
     for kind in facts.storage:
-        what = "caches that only grow" if kind.kind == "kept" else f"{kind.kind} evicts while generating"
+        what = _KINDS.get(kind.kind, f"{kind.kind} by itself, for what it does while generating")
         lines.append(f"  {what}: {kind.cells} cell{'s' * (kind.cells != 1)}, {kind.rows:,} rows")
     parts = {"weights": facts.memory.weights, "prompts": facts.memory.prompts, "compressed caches": facts.memory.decode,
              "activations": facts.memory.activations}  # fmt: skip

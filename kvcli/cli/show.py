@@ -137,9 +137,10 @@ def facts_of_sample(folder: Path, task: str, sample: str, methods: list[str], ra
         listing = f"kvcli show {folder} --task {task}"
         raise unknown("sample", sample, known, given=f"--sample {sample}", listing=listing)
     chosen = [record for record in records if _wanted(record, methods, ratios)]
-    if not chosen:
+    if not any(_named(record, methods, ratios) for record in records):
         cells = sorted({f"{r['method']} {_size(r)}" for r in records})
-        raise KvcliError("no such cell in this folder", given=f"--sample {sample}", fix=f"one of {', '.join(cells)}")
+        given = f"--sample {sample}{_options(methods, ratios)}"
+        raise KvcliError("no such cell in this folder", given=given, fix=f"one of {', '.join(cells)}")
     chosen.sort(key=lambda r: (r["method"] != "full", r["ratio"] or 0, r["budget"] or 0, r["method"], r["first_token"]))
     prompts = store.read_prompts(folder)
     groups = [_group(folder, *group, prompts) for group in _by_prompt(folder, chosen, records)]

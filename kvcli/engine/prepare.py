@@ -17,7 +17,6 @@ from kvcli.evals.spec import Sample, Task
 from kvcli.grammar import parse_ratios, ratio_text
 from kvcli.kvpress import client as kvpress
 from kvcli.methods import catalog
-from kvcli.methods.base import Transform
 from kvcli.models import loader, profiles
 from kvcli.models.source import ModelSource, fingerprint, parse_model
 from kvcli.weights import calibration
@@ -130,7 +129,7 @@ def _check_match(config: SweepConfig, methods: Sequence[str]) -> bool:
     anchors = [text for text, method in built.items() if is_anchor(method)]
     given = f"--method {','.join(methods)} --match bytes"
     if not anchors:
-        known = [n for n in catalog.names() if issubclass(catalog.find(n), Transform)] or ["./mine.py:MyTransform"]
+        known = [n for n in catalog.names() if is_anchor(catalog.build(n))] or ["./mine.py:MyTransform"]
         what = "there is nothing to match: none of these methods has a size of its own"
         raise KvcliError(what, given=given, fix=f"beside them one of {', '.join(known)}, or without --match")
     if not any(is_matched(method) for method in built.values()):

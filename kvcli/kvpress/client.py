@@ -197,6 +197,8 @@ class Worker:
     def _check(self, hello: dict[str, Any]) -> None:
         versions = hello["versions"]
         fix = f"{self.python} -m pip install kvpress=={VERSION} transformers==5.2.0"
+        if Path(self.python).resolve() == Path(sys.executable).resolve() or versions.get("kvcli"):
+            fix = "an environment of its own: python3 -m venv kvpress-env (docs/kvpress.md has the lines)"
         for name in ("kvpress", "transformers", "torch"):
             if not versions.get(name):
                 raise KvcliError(f"{name} is not installed in {self.python}", given=self.given, fix=fix)

@@ -28,6 +28,9 @@ class Ranked:
         """scores [H_kv, m]; equal ones go to the first position, then the first head."""
         import torch
 
+        if bool(scores.isnan().any()):
+            raise ValueError("scores contain NaN")
+
         by_head = torch.sort(scores, dim=-1, descending=True, stable=True).indices
         together = torch.sort(scores.T.flatten(), descending=True, stable=True).indices
         return cls(by_head.to("cpu", torch.int32), (together % scores.shape[0]).to("cpu", torch.int16))

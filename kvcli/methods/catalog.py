@@ -220,6 +220,11 @@ def _bases() -> list[str]:
     return [name for name in names() if issubclass(find(name), RankedMethod) and not issubclass(find(name), Wrapper)]
 
 
+def _base_of(cls: type[Method], part: Part) -> str:
+    base: str = dict(part.settings).get("base") or _default(cls, "base")
+    return base
+
+
 def _default(cls: type[Method], name: str) -> Any:
     return next(f.default for f in setting_fields(cls) if f.name == name)
 
@@ -233,6 +238,9 @@ def _values(cls: type[Method], part: Part) -> dict[str, Any]:
             given = f"--method {part}"
             if not fields:
                 raise KvcliError(f"{part.source} has no settings", given=given, fix=f"--method {part.source}")
+            if issubclass(cls, Wrapper) and any(f.name == key for f in setting_fields(find(_base_of(cls, part)))):
+                fix = f"base.{key}={value}"
+                raise KvcliError(f"'{key}' is a setting of its base, not of {part.source}", given=given, fix=fix)
             raise unknown(f"setting of {part.source}", key, fields, given=given, listing="kvcli list methods --json")
         values[key] = _value(fields[key], value, part)
     return values

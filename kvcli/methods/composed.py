@@ -39,7 +39,11 @@ class Composed(Method):
                 given=given,
                 fix=f"snapkv+{text}" if "evict" not in kinds else ORDER,
             )
-        if kinds != sorted(kinds, key=("evict", "merge", "transform").index) or len(set(kinds)) < len(kinds):
+        if len(set(kinds)) < len(kinds):
+            twice = next(kind for kind in kinds if kinds.count(kind) > 1)
+            what = {"evict": "two evictors", "merge": "two merges", "transform": "two forms to store in"}[twice]
+            raise KvcliError(f"{what} cannot be combined", given=given, fix=ORDER)
+        if kinds != sorted(kinds, key=("evict", "merge", "transform").index):
             raise KvcliError("these methods cannot be combined in this order", given=given, fix=ORDER)
         by_kind = dict(zip(kinds, parts, strict=True))
         evictor: Any = by_kind.get("evict")

@@ -88,6 +88,8 @@ class Context:
 
         Computed at each call (w rows per head are large): keep what you reduce it to with `once`.
         """
+        if not self.window_queries or self.window_queries[layer].shape[1] < min(window, self.n):
+            raise ValueError(f"the last {window} queries were not kept: needs() must name 'window:{window}'")
         w = min(window, self.n)
         queries = self.window_queries[layer][:, -w:].float()
         keys = self.keys[layer].float().repeat_interleave(self.heads // self.kv_heads, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from kvcli.models.profiles import HeadProfile, read_profile
 from tests.engine import tiny
 from tests.engine.asks import exact_model
 from tests.oracles.harness import context_for
-from tests.oracles.prompts import random_prompt
+from tests.oracles.prompts import Prompt, random_prompt
 
 NOISE = """
 import dataclasses, torch
@@ -199,3 +199,25 @@ def test_bytes_behind_a_merge_are_those_of_what_was_merged() -> None:
     Runner(tiny.tiny_llama(), plan, {("any", 3): prompts}, sink, Options(64, max_new_tokens=1)).run()
     mine = [r for r in sink.records if r["method"] != "full"]
     assert len(mine) == 3 and all(r["kv_bytes"]["prefill"] == r["kv_bytes"]["end"] for r in mine)
+
+
+def test_scores_that_are_no_numbers_fail_the_sample_by_name(tmp_path: Path) -> None:
+    (tmp_path / "nan.py").write_text(NOISE.replace("torch.rand(", "float('nan') * torch.rand("))
+    for method in (f"{tmp_path / 'nan.py'}:Noise", f"adakv:base='{tmp_path / 'nan.py'}:Noise'"):
+        config = SweepConfig(methods=(method,), ratios=("0.5",))
+        sink, outcome = tiny.run(tiny.tiny_llama(), config, tiny.prompt_set([30]))
+        assert outcome.errors == 1
+        (record,) = (r for r in sink.records if r["method"] != "full")
+        assert "NaN" in record["error"]
+
+
+def test_a_window_that_was_not_asked_for_is_named(prompt_of: Callable[..., Prompt]) -> None:
+    ctx = context_for(build("full"), prompt_of(40))
+    with pytest.raises(ValueError, match="needs\\(\\) must name 'window:8'"):
+        ctx.window_attention(0, 8)
+
+
+def test_a_setting_of_the_base_is_spelled_out() -> None:
+    with pytest.raises(KvcliError) as caught:
+        build("adakv:base=h2o,reduce=max")
+    assert caught.value.fix == "base.reduce=max"
