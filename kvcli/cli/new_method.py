@@ -44,15 +44,15 @@ def command(
         )
     if name in (*catalog.names(), "all", "kvpress") or re.fullmatch(r"tier\d+", name):
         raise KvcliError(f"there is a method '{name}' already", given=given, fix=f"kvcli new-method my_{name}")
-    if not package and (name in sys.stdlib_module_names or importlib.util.find_spec(name) is not None):
-        what = f"a file {name}.py would stand in the way of Python's own '{name}'"
-        raise KvcliError(what, given=given, fix=f"kvcli new-method my_{name}")
     class_name = "".join(word.capitalize() for word in name.split("_"))
     files = _package(name, class_name) if package else _single(name, class_name)
     paths = [(out / place, text) for place, text in files.items()]
     for path, _ in paths:
         if path.exists():
             raise KvcliError(f"{path} exists", given=given, fix="another NAME, or another --out")
+    if not package and (name in sys.stdlib_module_names or importlib.util.find_spec(name) is not None):
+        what = f"a file {name}.py would stand in the way of Python's own '{name}'"
+        raise KvcliError(what, given=given, fix=f"kvcli new-method my_{name}")
     for path, text in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
