@@ -1,4 +1,4 @@
-"""One test for each trap of METHODS.md that concerns the prompt-phase methods of tier 1."""
+"""One test for each known trap that concerns the prompt-phase methods of tier 1."""
 
 from __future__ import annotations
 
