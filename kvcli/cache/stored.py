@@ -30,10 +30,17 @@ class StoredRow(Row):
 class StoredLayer(KeptLayer):
     """One layer of R rows in their stored form; what attention reads is written out for this layer alone."""
 
-    def __init__(self, like: Tensor, values: Tensor, slots: Slots, stores: list[list[tuple[slice, Stored]]]) -> None:
-        self.stores = stores
-        self.alive = [True] * len(stores)
-        super().__init__(like, values, slots)
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        slots: Slots,
+        stores: list[list[tuple[slice, Stored]]],
+        alive: list[bool],
+    ) -> None:
+        """keys, values: the buffer of all layers. alive: which rows have not ended, the cache's own list."""
+        self.stores, self.alive = stores, alive
+        super().__init__(keys, values, slots)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Stores the new pairs [R, H_kv, 1, D] and reads all back, into memory that the next layer will use."""
@@ -62,14 +69,14 @@ class StoredCache(CompressedCache):
         self._shared: list[Tensor] = []
         super().__init__(rows, room, memory)
 
-    def _fill(self, rows: Sequence[Row]) -> None:
+    def _enter(self, rows: Sequence[Row]) -> None:
         for row in rows:
             assert isinstance(row, StoredRow)
             self._row_stores.append(row.make())
             self._alive.append(True)
 
     def built(self, rows: Sequence[Row], slots: Sequence[Slots]) -> list[KeptLayer]:
-        self._fill(rows)
+        self._enter(rows)
         return self._layers(rows[0], slots)
 
     def _layers(self, like: Row | StoredLayer, slots: Sequence[Slots]) -> list[KeptLayer]:
@@ -77,9 +84,8 @@ class StoredCache(CompressedCache):
         layers: list[KeptLayer] = []
         for number, fill in enumerate(slots):
             keys, values = self._buffer(like, number, most)
-            layer = StoredLayer(keys, values, fill, [stores[number] for stores in self._row_stores])
-            layer.alive = self._alive
-            layers.append(layer)
+            stores = [row[number] for row in self._row_stores]
+            layers.append(StoredLayer(keys, values, fill, stores, self._alive))
         return layers
 
     def _buffer(self, like: Row | StoredLayer, layer: int, slots: int) -> list[Tensor]:
@@ -120,7 +126,7 @@ class StoredCache(CompressedCache):
         slots = [made[id(x.slots), id(new)] for x, new in zip(self.layers, entering, strict=True)]
         self._row_stores = [self._row_stores[r] for r in keep]
         self._alive = [self._alive[r] for r in keep]
-        self._fill(rows)
+        self._enter(rows)
         self.layers = self._layers(self.layers[0], slots)
 
     def payload(self, row: int) -> int:

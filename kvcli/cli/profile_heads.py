@@ -50,12 +50,13 @@ def command(
       kvcli profile-heads --model qwen2.5-0.5b-instruct --limit 100 --prompt-tokens 4000
     """
     from kvcli.cli.running import quiet_libraries
+    from kvcli.engine.prepare import check_model_options
     from kvcli.models.source import parse_model
 
     source = parse_model(model or "testbed")
     if out is not None and out.is_dir():
         raise KvcliError(f"{out} is a folder", given=f"--out {out}", fix=f"--out {out / 'head_profile.json'}")
-    _check(dtype, attn, template, threads)
+    check_model_options(dtype or "auto", template or "auto", attn or "auto", threads)
     quiet_libraries()
     from kvcli.engine.profiling import Settings, measure, strongest
     from kvcli.models.profiles import cache_place, own_place, read_profile, write_profile
@@ -87,19 +88,9 @@ def command(
     output.next_command(f"kvcli sweep --model {source.text} --method {_reader()}{setting} --ratio 0.2")
 
 
-def _check(dtype: str | None, attn: str | None, template: str | None, threads: int | None) -> None:
-    from kvcli.engine.prepare import one_of, positive
-    from kvcli.models import loader
-
-    one_of("--dtype", dtype or "auto", loader.DTYPES)
-    one_of("--attn", attn or "auto", ("auto", "flash", "sdpa", "blockwise", "reference"))
-    one_of("--template", template or "auto", ("auto", "chat", "raw"))
-    positive("--threads", threads)
-
-
 def _reader() -> str:
     """The first method that reads a profile."""
-    from kvcli.methods.catalog import build, names
+    from kvcli.methods.catalog import build, usable
     from kvcli.models.profiles import is_profile
 
-    return next(name for name in names() if any(map(is_profile, build(name).needs())))
+    return next(name for name in usable() if any(map(is_profile, build(name).needs())))

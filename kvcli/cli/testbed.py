@@ -40,6 +40,7 @@ def train(
     from kvcli.cli.running import quiet_libraries
 
     quiet_libraries()
+    from kvcli.models.aliases import TESTBEDS
     from kvcli.testbed.train import RECIPES, Progress
     from kvcli.testbed.train import train as run
 
@@ -63,7 +64,7 @@ def train(
         raise KvcliError(str(e), given=f"--out {out}", fix="another --out, or the same --steps and --seed") from e
     output.result(str(folder))
     model = folder if folder.is_absolute() else f"./{folder}"
-    suite = "testbed" if recipe == "testbed" else "testbed_deep"
+    _, suite = TESTBEDS[recipe]
     output.next_command(f"kvcli sweep --model {model} --task {suite} --method tier1 --ratio 0.3")
 
 

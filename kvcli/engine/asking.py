@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -84,16 +84,17 @@ class Asker:
         matched = None if cell.match is None else self._bytes_of(cell.match, ctx)
         budget = self._budget(cell, ctx, matched)
         method = self.method(cell)
+        payload = None
         if method.kind == "in-prefill":
             selection, row, logits = self._pruned(method, ctx, budget)
         else:
             selection, logits = select(method, ctx, budget), ready.logits
-            row = self._row(cell, method, ctx, selection, budget)
+            pairs = _pairs(method, ctx, selection.kept)
+            payload = self._payload(method, ctx, selection, pairs)
+            row = self._row(cell, method, ctx, selection, pairs, budget)
         own = logits if method.kind == "in-prefill" else None
-        payload = self._payload(method, ctx, selection)
-        whole = all(count == ctx.n for layer in kept_counts(selection.kept, ctx.kv_heads) for count in layer)
-        if payload is not None and whole and payload >= payload_bytes(selection.kept, self.model.shapes.dims):
-            selection.flags |= {"noop"}  # stored in another form, and no smaller
+        if payload is not None and self._saves_nothing(selection, ctx, payload):
+            selection.flags |= {"noop"}
         if matched is not None and self._misses(selection, matched):
             selection.flags |= {"unreachable"}
         choice = Choice(sample, cell, ctx, selection, time.perf_counter() - started, payload, matched, own)
@@ -107,7 +108,7 @@ class Asker:
         def make() -> int:
             try:
                 selection = select(method, ctx, self._budget(anchor, ctx))
-                payload = self._payload(method, ctx, selection)
+                payload = self._payload(method, ctx, selection, _pairs(method, ctx, selection.kept))
             except (ValueError, KvcliError) as error:
                 if isinstance(error, SharedContextWritten):
                     raise
@@ -143,13 +144,10 @@ class Asker:
         whole = [torch.arange(len(positions)) for positions in done.positions]
         return selection, Row(done.keys, done.values, whole), done.logits
 
-    def _row(self, cell: Cell, method: Method, ctx: Context, selection: Selection, budget: Budget) -> Row:
+    def _row(self, cell: Cell, method: Method, ctx: Context, selection: Selection, pairs: Pairs, budget: Budget) -> Row:
         """The row's kept pairs; in the compressed mode the last prompt token leaves and is fed again."""
-        merge, transform = merge_of(method), transform_of(method)
-        kept = selection.kept
-        keys, values, chosen = ctx.keys, ctx.values, kept
-        if merge is not None:
-            keys, values, chosen = _merged(merge, ctx, kept)
+        transform, kept = transform_of(method), selection.kept
+        keys, values, chosen = pairs
         if cell.first_token == "compressed":
             kept, chosen = _without_last(kept), _without_last(chosen)
         if transform is not None:
@@ -162,16 +160,17 @@ class Asker:
         cap = Cap.of(cell.decode, budget, method)
         return PoolRow(keys, values, chosen, None, ctx.n, cap, state, cell.decode["interval"])
 
-    def _payload(self, method: Method, ctx: Context, selection: Selection) -> int | None:
+    def _saves_nothing(self, selection: Selection, ctx: Context, payload: int) -> bool:
+        """Whether all pairs were kept and stored in another form that is no smaller."""
+        whole = all(count == ctx.n for layer in kept_counts(selection.kept, ctx.kv_heads) for count in layer)
+        return whole and payload >= payload_bytes(selection.kept, self.model.shapes.dims)
+
+    def _payload(self, method: Method, ctx: Context, selection: Selection, pairs: Pairs) -> int | None:
         """Bytes of what a transform makes of all kept pairs of the prompt; None without one."""
         transform = transform_of(method)
         if transform is None:
             return None
-        merge = merge_of(method)
-        keys, values, chosen = ctx.keys, ctx.values, selection.kept
-        if merge is not None:
-            keys, values, chosen = _merged(merge, ctx, selection.kept)
-        layers = stored_layers(transform, ctx, Row(keys, values, chosen), selection.kept)
+        layers = stored_layers(transform, ctx, Row(*pairs), selection.kept)
         return sum(store.payload() for blocks in layers for _, store in blocks)
 
     def _rotate(self, cell: Cell, selection: Selection) -> Any:
@@ -202,11 +201,20 @@ class Asker:
         return StopRules(length, end_tokens(self.model), prompts.task.until)
 
 
+Pairs = tuple[Sequence[Tensor], Sequence[Tensor], Kept]
+"""Keys and values per layer, and which of them are kept: the prompt's own, or what a merge made of them."""
+
+
+def _pairs(method: Method, ctx: Context, kept: Kept) -> Pairs:
+    merge = merge_of(method)
+    return (ctx.keys, ctx.values, kept) if merge is None else _merged(merge, ctx, kept)
+
+
 def _without_last(kept: Kept) -> Kept:
     return [[p[:-1] for p in layer] if isinstance(layer, list) else layer[..., :-1] for layer in kept]
 
 
-def _merged(merge: Merge, ctx: Context, kept: Kept) -> tuple[list[Tensor], list[Tensor], Kept]:
+def _merged(merge: Merge, ctx: Context, kept: Kept) -> Pairs:
     """Keys and values [H_kv, K, D] of the kept pairs with the dropped ones folded in, and where they stand in these."""
     keys: list[Tensor] = []
     values: list[Tensor] = []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvcli.errors import KvcliError
+from kvcli.kvpress import client as kvpress
 from kvcli.models import profiles
 from kvcli.models.source import parse_model
 
@@ -67,11 +68,13 @@ def require(model: Model, methods: Mapping[str, Iterable[str]]) -> None:
         raise KvcliError(what, given=f"--model {model.name}", fix=fix)
 
 
-def given(model: Model, names: Iterable[str]) -> dict[str, Callable[[], Any]]:
+def given(model: Model, names: Collection[str]) -> dict[str, Callable[[], Any]]:
     """What comes from outside of the run, by the name of the need."""
     found: dict[str, Callable[[], Any]] = {}
     for name in filter(profiles.is_profile, names):
         found[name] = partial(_same, profiles.profile_of(parse_model(model.name), name))
+    if "kvpress" in names:
+        found["kvpress"] = partial(_same, kvpress.kept)
     return found
 
 

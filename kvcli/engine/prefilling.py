@@ -19,7 +19,6 @@ from kvcli.engine.needs import captured, given
 from kvcli.engine.plan import PrefillBatch
 from kvcli.engine.prefixes import PrefixCache, question_start, shared_cuts
 from kvcli.engine.prepare import PromptSet
-from kvcli.kvpress import client as kvpress
 from kvcli.methods.context import Context
 from kvcli.models.answering import LONGEST, Answered, answered
 from kvcli.models.reconstruction import reconstruction
@@ -127,7 +126,6 @@ def passes(
     return {
         "reconstruction": partial(reconstruction, model, dense, ids, regions),
         "answer": partial(_answer, model, dense, ids, max_new_tokens, until),
-        "kvpress": lambda: kvpress.kept,
         "bands": lambda: partial(_band_sums, model, ids),
     }
 

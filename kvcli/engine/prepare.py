@@ -90,7 +90,6 @@ def check(config: SweepConfig) -> Request:
     positive("--limit", config.limit)
     positive("--max-new-tokens", config.max_new_tokens)
     positive("--max-prompt-tokens", config.max_prompt_tokens)
-    positive("--threads", config.threads)
     positive("--max-time", config.max_time)
     if config.keep_maps < 0:
         raise KvcliError("--keep-maps must be at least 0", given=f"--keep-maps {config.keep_maps}", fix="--keep-maps 0")
@@ -99,9 +98,7 @@ def check(config: SweepConfig) -> Request:
     for name, values in (("--budget", config.budgets), ("--shots", tuple(s + 1 for s in config.shots))):
         for value in values:
             positive(name, value, shift=1 if name == "--shots" else 0)
-    one_of("--dtype", config.dtype, loader.DTYPES)
-    one_of("--template", config.template, ("auto", "chat", "raw"))
-    one_of("--attn", config.attn, ("auto", "flash", "sdpa", "blockwise", "reference"))
+    check_model_options(config.dtype, config.template, config.attn, config.threads)
     for mode in config.first_token:
         one_of("--first-token", mode, ("compressed", "prefill"))
     weights = _check_weights(config, source)
@@ -129,7 +126,7 @@ def _check_match(config: SweepConfig, methods: Sequence[str]) -> bool:
     anchors = [text for text, method in built.items() if is_anchor(method)]
     given = f"--method {','.join(methods)} --match bytes"
     if not anchors:
-        known = [n for n in catalog.names() if is_anchor(catalog.build(n))] or ["./mine.py:MyTransform"]
+        known = [n for n in catalog.usable() if is_anchor(catalog.build(n))] or ["./mine.py:MyTransform"]
         what = "there is nothing to match: none of these methods has a size of its own"
         raise KvcliError(what, given=given, fix=f"beside them one of {', '.join(known)}, or without --match")
     if not any(is_matched(method) for method in built.values()):
@@ -187,7 +184,7 @@ def _check_decoding(config: SweepConfig, methods: Sequence[str]) -> tuple[str, .
         what = "--decode-interval changes nothing without compression while generating"
         raise KvcliError(what, given=f"--decode-interval {config.decode_interval}", fix="--decode-ratio 0.5 beside it")
     if asked and not any(catalog.build(m).decodes() for m in methods):
-        can = [n for n in catalog.names() if catalog.find(n).decoding]
+        can = [n for n in catalog.usable() if catalog.find(n).decoding]
         what = "none of these methods compresses generated tokens"
         raise KvcliError(what, given=f"--method {','.join(methods)} {asked[0]}", fix=f"--method {','.join(can)}")
     return texts
@@ -234,6 +231,14 @@ def _strange_words(task: Task, prompts: Sequence[Prompt], tokenizer: Any) -> str
 def task_text(task: Task) -> str:
     """What finds the task again: its name, or the path of a user's own file."""
     return task.name if task.name in task_names() else task.source
+
+
+def check_model_options(dtype: str, template: str, attn: str, threads: int | None) -> None:
+    """How a model runs and reads. Raises KvcliError for what is not known."""
+    one_of("--dtype", dtype, loader.DTYPES)
+    one_of("--template", template, ("auto", "chat", "raw"))
+    one_of("--attn", attn, ("auto", "flash", "sdpa", "blockwise", "reference"))
+    positive("--threads", threads)
 
 
 def positive(option: str, value: float | None, shift: int = 0) -> None:

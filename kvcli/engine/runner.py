@@ -111,7 +111,9 @@ class Runner:
             missing = [batch for batch in batches if self._todo(batch)]
             if not missing or not self._entered(weights):
                 continue
-            require(self.model, {c.method: self._needs(c) for batch in missing for c in batch.cells})
+            cells = [cell for batch in missing for cell in batch.cells]
+            texts = {x.method for cell in cells for x in (cell, cell.match) if x is not None}
+            require(self.model, {text: self._built(text).needs() for text in sorted(texts)})
             self.prefiller = Prefiller(self.model, self.options.max_new_tokens)
             self.asker = Asker(self.model, self.options, self._method)
             self.comparer = Comparer(self.model, self.asker, self.full_outputs)
@@ -136,9 +138,12 @@ class Runner:
         return True
 
     def _method(self, cell: Cell | Anchor) -> Method:
-        if cell.method not in self.methods:
-            self.methods[cell.method] = catalog.build(cell.method)
-        return self.methods[cell.method]
+        return self._built(cell.method)
+
+    def _built(self, text: str) -> Method:
+        if text not in self.methods:
+            self.methods[text] = catalog.build(text)
+        return self.methods[text]
 
     def _needs(self, cell: Cell) -> frozenset[str]:
         """What its method reads, and the one whose bytes it is held to."""

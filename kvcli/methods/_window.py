@@ -37,10 +37,17 @@ def snap_scores(ctx: Context, layer: int, window: int, kernel: int, pooling: str
 class WindowMethod(RankedMethod):
     """Keeps the window and, per layer and KV head, the keys before it that it attends to most."""
 
-    window: int = setting(32, ge=1, help="last queries that vote, always kept")
-    kernel: int = setting(7, ge=1, odd=True, help="pooling width")
-    pool: str = setting("max", choices=("max", "avg"), help="pooling over neighbours")
-    reduce: str = setting("mean", choices=("mean", "max"), help="how query heads of a KV head share one score")
+    window: int = setting(32, ge=1, help="last queries that vote, always kept", paper="32; SnapKV's code also 64")
+    kernel: int = setting(7, ge=1, odd=True, help="pooling width", paper="7; SnapKV's code also 5")
+    pool: str = setting(
+        "max", choices=("max", "avg"), help="pooling over neighbours", paper="max; SnapKV's code also avg"
+    )
+    reduce: str = setting(
+        "mean",
+        choices=("mean", "max"),
+        help="how query heads of a KV head share one score",
+        paper="one set per query head",
+    )
 
     def needs(self) -> frozenset[str]:
         return frozenset({f"window:{self.window}"})

@@ -37,12 +37,21 @@ class AdaKV(Wrapper):
     budget_scope = "layer"
     protects = "what its base protects"
 
-    base: str = setting("snapkv", help="whose scores: a method that ranks keys per head")
-    floor: float = setting(0.2, ge=0.0, le=1.0, help="share of the even budget that every head gets")
-    rule: str = setting(
-        "floor", choices=("floor", "safeguard"), help="mix budgets with the even one, or keep a safe part"
+    base: str = setting("snapkv", help="whose scores: a method that ranks keys per head", paper="snapkv, pyramidkv")
+    floor: float = setting(
+        0.2, ge=0.0, le=1.0, help="share of the even budget that every head gets", paper="0.2 for GQA"
     )
-    normalize: bool = setting(False, help="weigh a head's scores by the share that its best B hold (rule=floor)")
+    rule: str = setting(
+        "floor",
+        choices=("floor", "safeguard"),
+        help="mix budgets with the even one, or keep a safe part",
+        paper="floor",
+    )
+    normalize: bool = setting(
+        False,
+        help="weigh a head's scores by the share that its best B hold (rule=floor)",
+        paper="an option of its code",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

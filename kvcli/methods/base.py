@@ -203,12 +203,10 @@ class Transform(Method):
 
         return Selection([torch.arange(ctx.n)] * ctx.layers)
 
-    def check(self, ctx: Context, counts: Sequence[Sequence[int]]) -> None:
-        """Raises ValueError where it cannot store layers of so many pairs per KV head."""
-
     @abstractmethod
     def store(self, ctx: Context, layers: Sequence[Sequence[Block]]) -> list[list[Stored]]:
-        """The stored form of each block of each layer; must not modify them."""
+        """The stored form of each block of each layer; must not modify them. Raises ValueError for what it cannot
+        store."""
 
 
 @dataclass(frozen=True)

@@ -173,9 +173,9 @@ def _group(method: MethodText) -> list[MethodText]:
     if part.settings or len(method.parts) > 1:
         fix = f"name the methods one by one, or --method {part.source}"
         raise KvcliError(f"'{part.source}' takes no settings and no '+'", given=f"--method {method}", fix=fix)
-    members = [n for n in _usable() if part.source == "all" or find(n).tier == int(tier)]
+    members = [n for n in usable() if part.source == "all" or find(n).tier == int(tier)]
     if not members:
-        tiers = sorted({find(n).tier for n in names()})
+        tiers = sorted({find(n).tier for n in usable()})
         fix = " or ".join(f"tier{t}" for t in tiers if t) + ", or all"
         raise KvcliError(f"no method is in '{part.source}'", given=f"--method {method}", fix=fix)
     return [MethodText((Part(n),)) for n in members if n != "full" and not issubclass(find(n), Merge)]
@@ -204,7 +204,7 @@ def _build(part: Part) -> Method:
             fix = "base.KEY=VALUE is for methods with a base, as in adakv:base.window=16"
             raise KvcliError(f"{part.source} has no base", given=f"--method {part}", fix=fix)
         return cls(**values)
-    base = values.get("base", _default(cls, "base"))
+    base = _base_of(cls, part)
     strange = [k for k, _ in dotted if not k.startswith("base.")]
     if strange:
         fix = f"base.{strange[0].partition('.')[2]}=..."
@@ -217,7 +217,7 @@ def _build(part: Part) -> Method:
 
 
 def _bases() -> list[str]:
-    return [name for name in names() if issubclass(find(name), RankedMethod) and not issubclass(find(name), Wrapper)]
+    return [name for name in usable() if issubclass(find(name), RankedMethod) and not issubclass(find(name), Wrapper)]
 
 
 def _base_of(cls: type[Method], part: Part) -> str:
@@ -296,10 +296,10 @@ def _value(field: dataclasses.Field[Any], text: str, part: Part) -> Any:
 
 def cards() -> list[dict[str, Any]]:
     """The declared facts of all named methods, benchmark's own first."""
-    return sorted((find(name).card() for name in _usable()), key=lambda c: (c["tier"], c["name"]))
+    return sorted((find(name).card() for name in usable()), key=lambda c: (c["tier"], c["name"]))
 
 
-def _usable() -> list[str]:
+def usable() -> list[str]:
     """All names whose code can be imported: one broken package leaves the others usable."""
     good = []
     for name in names():

@@ -32,9 +32,9 @@ class ChunkKV(Method):
     budget_scope = "layer"
     protects = "the observation window, at most half of the budget"
 
-    chunk: int = setting(10, ge=1, help="tokens per chunk")
+    chunk: int = setting(10, ge=1, help="tokens per chunk", paper="10")
     window: int = setting(32, ge=1, help="last queries that vote, always kept")
-    reuse: int = setting(1, ge=1, help="layers that share one choice")
+    reuse: int = setting(1, ge=1, help="layers that share one choice", paper="1, or more layers")
 
     def needs(self) -> frozenset[str]:
         return frozenset({f"window:{self.window}"})

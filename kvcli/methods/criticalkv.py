@@ -38,9 +38,16 @@ class CriticalKV(Wrapper):
     protects = "what its base protects"
 
     base: str = setting("snapkv", help="whose scores: a method that ranks keys per head by attention")
-    first: float = setting(0.5, ge=0.0, le=1.0, help="share of the free budget that the base's scores alone decide")
-    eps: float = setting(1e-4, ge=0.0, help="added to the scores before they are multiplied")
-    heads: str = setting("even", choices=("even", "adaptive"), help="head budgets: all alike, or by AdaKV's safeguard")
+    first: float = setting(
+        0.5, ge=0.0, le=1.0, help="share of the free budget that the base's scores alone decide", paper="0.5"
+    )
+    eps: float = setting(1e-4, ge=0.0, help="added to the scores before they are multiplied", paper="1e-4")
+    heads: str = setting(
+        "even",
+        choices=("even", "adaptive"),
+        help="head budgets: all alike, or by AdaKV's safeguard",
+        paper="even, adaptive",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -41,9 +41,14 @@ class DuoAttention(Method):
     budget_scope = "model"
     protects = "first and newest tokens of every head; all tokens of retrieval heads"
 
-    heads: str = setting("probe", choices=("probe", "file", "optimise"), help="where the heads' scores come from")
-    sinks: int = setting(64, ge=0, help="first tokens of a streaming head")
-    recent: int = setting(256, ge=1, help="newest tokens of a streaming head")
+    heads: str = setting(
+        "probe",
+        choices=("probe", "file", "optimise"),
+        help="where the heads' scores come from",
+        paper="trained gates (file)",
+    )
+    sinks: int = setting(64, ge=0, help="first tokens of a streaming head", paper="64; 128 for Llama-3.1")
+    recent: int = setting(256, ge=1, help="newest tokens of a streaming head", paper="256")
     reduce: str = setting("mean", choices=("mean", "max"), help="a KV head's score from its query heads'")
     profile: str = setting("", help="file with the scores; of heads=probe the model's own is the default")
 

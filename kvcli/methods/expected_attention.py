@@ -35,11 +35,13 @@ class ExpectedAttention(RankedMethod):
     tier = 2
     protects = "the first tokens, at most half of the budget"
 
-    future: int = setting(512, ge=1, help="next positions that are looked ahead to")
-    sinks: int = setting(4, ge=0, help="first tokens kept, and left out of the queries' statistics")
-    covariance: bool = setting(True, help="whether the spread of the queries counts, not only their mean")
-    vnorm: bool = setting(True, help="whether scores are multiplied by the norms of the values")
-    epsilon: float = setting(0.0, ge=0.0, help="added before the norms multiply")
+    future: int = setting(512, ge=1, help="next positions that are looked ahead to", paper="512")
+    sinks: int = setting(4, ge=0, help="first tokens kept, and left out of the queries' statistics", paper="4")
+    covariance: bool = setting(True, help="whether the spread of the queries counts, not only their mean", paper="true")
+    vnorm: bool = setting(True, help="whether scores are multiplied by the norms of the values", paper="true")
+    epsilon: float = setting(
+        0.0, ge=0.0, help="added before the norms multiply", paper="0; 0.01 in its code's evaluation"
+    )
 
     def needs(self) -> frozenset[str]:
         return frozenset({f"q_moments:{self.sinks}"})

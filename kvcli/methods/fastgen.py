@@ -45,9 +45,13 @@ class FastGen(Method):
     sharing = 2
     protects = "special tokens"
 
-    recovery: float = setting(0.95, ge=0.0, le=1.0, help="share of a head's attention that its rule must hold")
-    local: float = setting(0.3, ge=0.0, le=1.0, help="share of the prompt that is local")
-    frequent: float = setting(0.3, ge=0.0, le=1.0, help="share of the prompt that is kept for its column sums")
+    recovery: float = setting(
+        0.95, ge=0.0, le=1.0, help="share of a head's attention that its rule must hold", paper="0.95"
+    )
+    local: float = setting(0.3, ge=0.0, le=1.0, help="share of the prompt that is local", paper="0.3")
+    frequent: float = setting(
+        0.3, ge=0.0, le=1.0, help="share of the prompt that is kept for its column sums", paper="0.3"
+    )
 
     def needs(self) -> frozenset[str]:
         return frozenset({"column_sum", "bands"})

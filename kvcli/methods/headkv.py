@@ -41,8 +41,10 @@ class HeadKV(Method):
     kernel: int = setting(7, ge=1, odd=True, help="pooling width")
     pool: str = setting("max", choices=("max", "avg"), help="pooling over neighbours")
     reduce: str = setting("mean", choices=("mean", "max"), help="how query heads of a KV head share one score of a key")
-    beta: float = setting(1.005, ge=1.0, help="a head's own part is f - f / beta; the rest is shared out")
-    temp: float = setting(1.0, ge=0.0, help="sharpness of the shares; 0 shares evenly")
+    beta: float = setting(
+        1.005, ge=1.0, help="a head's own part is f - f / beta; the rest is shared out", paper="1.005 in its scripts"
+    )
+    temp: float = setting(1.0, ge=0.0, help="sharpness of the shares; 0 shares evenly", paper="1 in its scripts")
     head_reduce: str = setting("mean", choices=("mean", "max"), help="a KV head's profile score from its query heads'")
     profile: str = setting("", help="file of kvcli profile-heads, instead of the model's own")
 

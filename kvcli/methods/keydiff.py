@@ -34,7 +34,9 @@ class KeyDiff(RankedMethod):
     tier = 2
     signed = True
 
-    block: int = setting(0, ge=0, help="tokens per block of the paper's iterative form; 0 ranks the whole prompt once")
+    block: int = setting(
+        0, ge=0, help="tokens per block of the paper's iterative form; 0 ranks the whole prompt once", paper="blocks"
+    )
 
     @property
     def iterative(self) -> bool:

@@ -38,9 +38,11 @@ class Kivi(Transform):
     phases = ("prefill", "decode")
     protects = "the newest pairs, whole"
 
-    bits: int = setting(2, choices=(2, 4), help="bits per element")  # type: ignore[arg-type]
-    group: int = setting(32, ge=1, help="elements that share a scale: tokens for keys, channels for values")
-    residual: int = setting(32, ge=1, help="newest pairs kept whole, a multiple of the group")
+    bits: int = setting(2, choices=(2, 4), help="bits per element", paper="2 and 4")  # type: ignore[arg-type]
+    group: int = setting(32, ge=1, help="elements that share a scale: tokens for keys, channels for values", paper="32")
+    residual: int = setting(
+        32, ge=1, help="newest pairs kept whole, a multiple of the group", paper="128 in the tables, 32 in the examples"
+    )
 
     def __post_init__(self) -> None:
         if self.residual % self.group:

@@ -38,7 +38,9 @@ class Knorm(RankedMethod):
     protects = "the last token; layers 0 and 1"
 
     skip_layers: str = setting(
-        "0,1", help="layers that stay whole, as in skip_layers='0,1'; none for the plain variant"
+        "0,1",
+        help="layers that stay whole, as in skip_layers='0,1'; none for the plain variant",
+        paper="0,1; some scripts 0 alone",
     )
 
     def __post_init__(self) -> None:

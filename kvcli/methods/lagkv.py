@@ -37,8 +37,10 @@ class LagKV(RankedMethod):
     signed = True
     protects = "the first tokens, the last whole partition and what follows it; all of them, whatever the budget"
 
-    sinks: int = setting(16, ge=0, help="first tokens, always kept")
-    lag: int = setting(128, ge=1, help="tokens per partition")
+    sinks: int = setting(16, ge=0, help="first tokens, always kept", paper="16")
+    lag: int = setting(
+        128, ge=1, help="tokens per partition", paper="128; also 1024, which compresses nothing below 2,064 tokens"
+    )
 
     def protected(self, budget: Budget) -> tuple[int, int, frozenset[str]]:
         sinks = min(self.sinks, budget.n - 1)

@@ -38,9 +38,17 @@ class LowRank(Transform):
     phases = ("prefill",)
     protects = "the last token and generated ones, whole"
 
-    keys: float = setting(0.15625, ge=0, le=1, help="rank of the keys as a share of their width over all KV heads")
-    values: float = setting(0.5, ge=0, le=1, help="rank of the values as a share of a group's width")
-    group: int = setting(4, ge=1, help="KV heads whose values are decomposed together")
+    keys: float = setting(
+        0.15625,
+        ge=0,
+        le=1,
+        help="rank of the keys as a share of their width over all KV heads",
+        paper="160 of 1024 (ShadowKV); not confirmed",
+    )
+    values: float = setting(
+        0.5, ge=0, le=1, help="rank of the values as a share of a group's width", paper="0.5 (Palu); not confirmed"
+    )
+    group: int = setting(4, ge=1, help="KV heads whose values are decomposed together", paper="4 (Palu); not confirmed")
 
     def needs(self) -> frozenset[str]:
         return frozenset({"rope"})

@@ -60,7 +60,12 @@ class MergeDropped(Merge):
     style: str = setting(
         "d2o", choices=("d2o", "cam"), help="d2o: keys and values by likeness; cam: values by attention"
     )
-    weights: str = setting("exp", choices=("exp", "cosine"), help="d2o: a true weighted mean or the authors' code")
+    weights: str = setting(
+        "exp",
+        choices=("exp", "cosine"),
+        help="d2o: a true weighted mean or the authors' code",
+        paper="exp; not confirmed; its code cosine",
+    )
     window: int = setting(32, ge=2, help="cam: the newest prompt tokens that receive")
 
     def needs(self) -> frozenset[str]:

@@ -38,9 +38,19 @@ class MiniCache(Transform):
     phases = ("prefill",)
     protects = "the shallow layers, the last token and generated ones, whole"
 
-    start: float = setting(0.5, ge=0, le=1, help="depth from which layers are merged in pairs")
-    t: float = setting(0.6, ge=0, le=1, help="where between the two directions: 0 the first layer's, 1 the second's")
-    gamma: float = setting(0.05, ge=0, le=1, help="share of the range of angles whose tokens stay unmerged")
+    start: float = setting(
+        0.5, ge=0, le=1, help="depth from which layers are merged in pairs", paper="half of the depth; not confirmed"
+    )
+    t: float = setting(
+        0.6,
+        ge=0,
+        le=1,
+        help="where between the two directions: 0 the first layer's, 1 the second's",
+        paper="0.6; not confirmed",
+    )
+    gamma: float = setting(
+        0.05, ge=0, le=1, help="share of the range of angles whose tokens stay unmerged", paper="0.05; not confirmed"
+    )
 
     def check(self, ctx: Context, counts: Sequence[Sequence[int]]) -> None:
         for first in self._firsts(len(counts)):

@@ -55,11 +55,20 @@ class PyramidInfer(Method):
     sharing = 3
     protects = "the newest fifth of the prompt"
 
-    recent: float = setting(0.2, ge=0.0, le=1.0, help="share of newest tokens, which vote and stay in every layer")
+    recent: float = setting(
+        0.2, ge=0.0, le=1.0, help="share of newest tokens, which vote and stay in every layer", paper="0.2"
+    )
     context: int = setting(64, ge=0, help="older tokens every layer keeps at least")
     sinks: int = setting(4, ge=0, help="first tokens, which stay before other older ones")
-    weight: float = setting(1.2, ge=0.0, help="how much the newest query counts; the oldest that votes counts 1")
-    interval: int = setting(1, ge=1, help="layers from one cut to the next; 3 in the authors' 70B models")
+    weight: float = setting(
+        1.2, ge=0.0, help="how much the newest query counts; the oldest that votes counts 1", paper="1.2"
+    )
+    interval: int = setting(
+        1,
+        ge=1,
+        help="layers from one cut to the next; 3 in the authors' 70B models",
+        paper="1; 3 in the authors' 70B models",
+    )
 
     def select(self, ctx: Context, budget: Budget) -> Selection:
         raise NotImplementedError("pyramidinfer selects inside a prefill of its own")

@@ -28,8 +28,8 @@ class PyramidKV(WindowMethod):
     budget_scope = "model"
     protects = "the observation window, at most half of the mean budget"
 
-    window: int = setting(8, ge=1, help="last queries that vote, always kept")
-    beta: float = setting(20.0, ge=1.0, help="how much smaller the last layer's budget is than the mean")
+    window: int = setting(8, ge=1, help="last queries that vote, always kept", paper="8")
+    beta: float = setting(20.0, ge=1.0, help="how much smaller the last layer's budget is than the mean", paper="20")
 
     def sizes(self, budget: Budget, newest: int, sinks: int) -> list[int]:
         """Keys kept beyond the window in each layer; the sum is layers * (budget - window)."""

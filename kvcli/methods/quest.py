@@ -34,9 +34,9 @@ class Quest(Reader):
     protects = "every pair (nothing is freed)"
 
     tokens: int = setting(1024, ge=1, help="pairs read per new token, layer and head")
-    page: int = setting(16, ge=1, help="tokens per page")
-    least: int = setting(3, ge=1, help="pages read at least")
-    dense_layers: int = setting(2, ge=0, help="first layers that read everything")
+    page: int = setting(16, ge=1, help="tokens per page", paper="16")
+    least: int = setting(3, ge=1, help="pages read at least", paper="3 in its code")
+    dense_layers: int = setting(2, ge=0, help="first layers that read everything", paper="2")
 
     def select(self, ctx: Context, budget: Budget) -> Selection:
         kept = super().select(ctx, budget)

@@ -28,8 +28,12 @@ class RandomShot(Method):
     budget_scope = "layer"
     protects = "system, question and special tokens (may exceed the budget)"
 
-    scope: str = setting("layer", choices=("layer", "all-layers"), help="one draw per layer, or one for all")
-    fit: str = setting("skip", choices=("skip", "stop"), help="at a shot that does not fit: skip it, or stop")
+    scope: str = setting(
+        "layer", choices=("layer", "all-layers"), help="one draw per layer, or one for all", paper="not said"
+    )
+    fit: str = setting(
+        "skip", choices=("skip", "stop"), help="at a shot that does not fit: skip it, or stop", paper="not said"
+    )
 
     def select(self, ctx: Context, budget: Budget) -> Selection:
         import torch

@@ -46,10 +46,18 @@ class RKV(Method):
     protects = "the newest tokens, at most half of the budget"
     decoding = "unified"
 
-    window: int = setting(8, ge=1, help="newest queries that vote; their pairs are always kept")
-    kernel: int = setting(7, ge=1, odd=True, help="pooling width")
-    mix: float = setting(0.1, ge=0.0, le=1.0, help="weight of importance; the rest is redundancy's")
-    threshold: float = setting(0.5, ge=0.0, le=1.0, help="cosine similarity above which keys are near duplicates")
+    window: int = setting(8, ge=1, help="newest queries that vote; their pairs are always kept", paper="8 in its code")
+    kernel: int = setting(7, ge=1, odd=True, help="pooling width", paper="7 in its code")
+    mix: float = setting(
+        0.1,
+        ge=0.0,
+        le=1.0,
+        help="weight of importance; the rest is redundancy's",
+        paper="0.1; 0.07 in its code's defaults",
+    )
+    threshold: float = setting(
+        0.5, ge=0.0, le=1.0, help="cosine similarity above which keys are near duplicates", paper="0.5 in its code"
+    )
     reduce: str = setting("max", choices=("mean", "max"), help="how query heads of a KV head share one score")
 
     def needs(self) -> frozenset[str]:

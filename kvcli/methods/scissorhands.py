@@ -40,8 +40,8 @@ class Scissorhands(Method):
     protects = "the newest tokens, at most half of the budget"
     decoding = "unified"
 
-    history: int = setting(400, ge=1, help="last queries that are asked")
-    recent: int = setting(10, ge=1, help="newest tokens, always kept")
+    history: int = setting(400, ge=1, help="last queries that are asked", paper="400")
+    recent: int = setting(10, ge=1, help="newest tokens, always kept", paper="10")
     reduce: str = setting("mean", choices=("mean", "max"), help="how query heads of a KV head share one attention")
 
     def needs(self) -> frozenset[str]:

@@ -43,9 +43,11 @@ class SCOPE(Method):
     protects = "the prompt's window and the newest generated tokens, each at most half of its budget"
     decoding = "separate"
 
-    prefill: str = setting("h2o", choices=("h2o", "snapkv"), help="how the prompt's part is chosen")
-    window: int = setting(8, ge=1, help="newest prompt tokens, always kept; for snapkv, whose queries vote")
-    recent: int = setting(256, ge=1, help="newest generated tokens, always kept")
+    prefill: str = setting(
+        "h2o", choices=("h2o", "snapkv"), help="how the prompt's part is chosen", paper="h2o; snapkv as a plug-in"
+    )
+    window: int = setting(8, ge=1, help="newest prompt tokens, always kept; for snapkv, whose queries vote", paper="8")
+    recent: int = setting(256, ge=1, help="newest generated tokens, always kept", paper="256")
     reduce: str = setting("mean", choices=("mean", "max"), help="how query heads of a KV head share one score")
 
     def needs(self) -> frozenset[str]:

@@ -39,11 +39,17 @@ class ShotKV(Method):
     protects = "system, question and special tokens (may exceed the budget)"
     decoding = "separate"
 
-    scope: str = setting("layer", choices=("layer", "all-layers"), help="one choice per layer, or one for all")
-    queries: str = setting("all", choices=("all", "question", "window"), help="whose attention counts")
+    scope: str = setting(
+        "layer", choices=("layer", "all-layers"), help="one choice per layer, or one for all", paper="not said"
+    )
+    queries: str = setting(
+        "all", choices=("all", "question", "window"), help="whose attention counts", paper="not said"
+    )
     window: int = setting(32, ge=1, help="how many last queries, for queries=window")
-    fit: str = setting("skip", choices=("skip", "stop"), help="at a shot that does not fit: skip it, or stop")
-    decode: str = setting("on", choices=("on", "off"), help="whether generated tokens may be compressed")
+    fit: str = setting(
+        "skip", choices=("skip", "stop"), help="at a shot that does not fit: skip it, or stop", paper="not said"
+    )
+    decode: str = setting("on", choices=("on", "off"), help="whether generated tokens may be compressed", paper="on")
     recent: int = setting(0, ge=0, help="generated tokens always kept besides the newest")
 
     def __post_init__(self) -> None:

@@ -35,8 +35,8 @@ class StreamingLLM(Method):
     decoding = "unified"
     decode_reads = False
 
-    sinks: int = setting(4, ge=0, help="first tokens always kept")
-    rerotate: bool = setting(False, help="positions inside the cache, as in the paper; no decode phase")
+    sinks: int = setting(4, ge=0, help="first tokens always kept", paper="4")
+    rerotate: bool = setting(False, help="positions inside the cache, as in the paper; no decode phase", paper="true")
 
     def needs(self) -> frozenset[str]:
         return frozenset({"rope"} if self.rerotate else ())

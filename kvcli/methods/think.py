@@ -38,8 +38,8 @@ class ThinK(Transform):
     phases = ("prefill",)
     protects = "values, the window's keys, generated keys"
 
-    prune: float = setting(0.4, ge=0, le=1, help="share of key channels removed")
-    window: int = setting(32, ge=1, help="last queries that vote; their keys stay whole")
+    prune: float = setting(0.4, ge=0, le=1, help="share of key channels removed", paper="0.4")
+    window: int = setting(32, ge=1, help="last queries that vote; their keys stay whole", paper="32")
 
     def needs(self) -> frozenset[str]:
         return frozenset({f"window:{self.window}"})

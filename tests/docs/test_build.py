@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 from collections.abc import Callable
-from types import ModuleType
 
 import pytest
 
 from kvcli.errors import Exit
 from kvcli.results.schema import FIELDS
 from tests.conftest import Done
-from tests.docs.pages import PAGES, ROOT, codes, commands, rows, section, text
+from tests.docs.pages import PAGES, codes, commands, rows, script, section, text
 
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-build = load()
+build = script("build")
 
 
 def test_pages_are_up_to_date() -> None:

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from types import ModuleType
 
 import pytest
 
 from kvcli.methods import catalog
 from kvcli.methods.base import Merge
-from tests.docs.pages import ROOT
+from tests.docs.pages import script
 
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_cards", ROOT / "docs" / "cards.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cards = load()
+cards = script("cards")
 NAMES = catalog.own_names()
 
 

@@ -19,6 +19,7 @@ from kvcli.config import SweepConfig
 from kvcli.engine.comparing import mode_of
 from kvcli.engine.generate import Ask, Start, StopRules
 from kvcli.engine.plan import Plan
+from kvcli.engine.pool import PoolCache
 from kvcli.engine.runner import Options, Outcome, Runner
 from kvcli.models.wrapper import Model
 from tests.engine import tiny
@@ -135,3 +136,19 @@ def answers_of_full(plan: Plan, records: list[dict[str, Any]]) -> dict[tuple[str
 def timeless(record: dict[str, Any]) -> dict[str, Any]:
     """A record without its times: all that a resumed run must repeat."""
     return {k: v for k, v in record.items() if k != "seconds"}
+
+
+def watch_pools(monkeypatch: pytest.MonkeyPatch) -> list[list[list[list[int]]]]:
+    """Per step, layer and KV head: the positions row 0 holds after the step's eviction."""
+    steps: list[list[list[list[int]]]] = []
+    settle = PoolCache.settle
+
+    def watched(self: PoolCache, layer: int, attention: Tensor | None) -> None:
+        settle(self, layer, attention)
+        if layer == 0:
+            steps.append([])
+        position = self.layers[layer].slots.position[0].tolist()
+        steps[-1].append([sorted(p for p in head if p >= 0) for head in position])
+
+    monkeypatch.setattr(PoolCache, "settle", watched)
+    return steps

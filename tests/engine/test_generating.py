@@ -15,9 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from kvcli.config import SweepConfig
 from kvcli.engine.plan import Cell
-from kvcli.engine.pool import PoolCache
 from kvcli.models.wrapper import Model
 from tests.engine import tiny
+from tests.engine.asks import watch_pools
 from tests.oracles.generating import Heads, Masked, cap, masked_generate, rule_of
 
 NEW = 24
@@ -78,19 +78,7 @@ def masked(model: Model, ids: list[int], cell: Cell, kept: list[Heads], steps: i
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> list[list[Heads]]:
-    """Per step and layer: the positions row 0 holds after the step's eviction."""
-    steps: list[list[Heads]] = []
-    settle = PoolCache.settle
-
-    def watched(self: PoolCache, layer: int, attention: torch.Tensor | None) -> None:
-        settle(self, layer, attention)
-        if layer == 0:
-            steps.append([])
-        position = self.layers[layer].slots.position[0].tolist()
-        steps[-1].append([sorted(p for p in head if p >= 0) for head in position])
-
-    monkeypatch.setattr(PoolCache, "settle", watched)
-    return steps
+    return watch_pools(monkeypatch)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])

@@ -13,7 +13,6 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from kvcli.config import SweepConfig
-from kvcli.engine.pool import PoolCache
 from kvcli.methods import rkv as module
 from kvcli.methods.catalog import build
 from kvcli.methods.context import Context
@@ -21,6 +20,7 @@ from kvcli.methods.generating import Generating
 from kvcli.methods.rkv import redundancy
 from kvcli.models.wrapper import Model
 from tests.engine import tiny
+from tests.engine.asks import watch_pools
 from tests.engine.test_generating import AXES, _after, masked, prompts_of
 from tests.oracles import generating
 from tests.oracles.generating import Heads, best
@@ -251,19 +251,7 @@ def rule_sees_keys(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> list[list[Heads]]:
-    """Per step and layer: the positions row 0 holds after the step's eviction."""
-    steps: list[list[Heads]] = []
-    settle = PoolCache.settle
-
-    def watched(self: PoolCache, layer: int, attention: torch.Tensor | None) -> None:
-        settle(self, layer, attention)
-        if layer == 0:
-            steps.append([])
-        position = self.layers[layer].slots.position[0].tolist()
-        steps[-1].append([sorted(p for p in head if p >= 0) for head in position])
-
-    monkeypatch.setattr(PoolCache, "settle", watched)
-    return steps
+    return watch_pools(monkeypatch)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
