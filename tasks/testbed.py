@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from kvcli.errors import KvcliError
-from kvcli.evals.data import first_of
+from kvcli.evals.data import first_of, reordered
 from kvcli.evals.spec import Sample, Score, Segment, Task
 from kvcli.testbed import language
 from kvcli.testbed import vocabulary as V
@@ -35,18 +35,21 @@ class Exam(Task):
         if not 2 <= self.operators <= len(V.OPERATORS) or not 0 <= self.distractors < 1:
             raise ValueError(f"'operators' lies in 2..{len(V.OPERATORS)}, 'distractors' in 0..1 (1 excluded)")
 
-    def samples(self, *, shots: int, shot_seed: int, limit: int | None, data_dir: str | None) -> list[Sample]:
+    def samples(self, *, shots: int, shot_seed: int, limit: int | None, shot_order: int = 0, **_: Any) -> list[Sample]:
         """Needs no data; the random numbers are never those of training, whose seeds are numbers."""
         if shots < 0:
             raise KvcliError("shots cannot be negative", given=f"--shots {shots}", fix="--shots 0")
-        return [self._sample(i, shots, shot_seed) for i in first_of(self.name, self.size, limit)]
+        if shot_order and self.family in BUILDING:
+            what = f"the examples of {self.name} build on those before them"
+            raise KvcliError(what, given=f"--shot-order {shot_order}", fix="--shot-order 0, or another task")
+        return [self._sample(i, shots, shot_seed, shot_order) for i in first_of(self.name, self.size, limit)]
 
     def score(self, sample: Sample, output: str) -> Score:
         words = output.split()
         words = words[: words.index(V.END)] if V.END in words else words
         return SCORERS[self.family](words, sample.target.split())
 
-    def _sample(self, index: int, shots: int, shot_seed: int) -> Sample:
+    def _sample(self, index: int, shots: int, shot_seed: int, shot_order: int) -> Sample:
         seed = f"testbed-exam:{self.family}:{self.prompt_tokens}:{shots}:{shot_seed}:{index}"
         dialect = language.Dialect(self.operators, self.distractors)
         try:
@@ -56,13 +59,14 @@ class Exam(Task):
             raise KvcliError(f"{self.name}: {e}", given=f"--shots {shots}", fix=fix) from e
         plain = shots == self.shots and shot_seed == 0
         name = str(index) if plain else f"{index}@{shots}.{shot_seed}"  # other shots, other question
-        return Sample(name, segments(episode), " ".join(episode.shots[-1].answer))
+        return Sample(name, segments(episode, shot_order), " ".join(episode.shots[-1].answer))
 
 
-def segments(episode: language.Episode) -> tuple[Segment, ...]:
+def segments(episode: language.Episode, shot_order: int = 0) -> tuple[Segment, ...]:
     """The prompt without `<bos>`, which the tokenizer adds: words joined by single spaces, each segment but the last
     ending in one, so that no word spans two segments."""
     *exemplars, test = episode.shots
+    exemplars = reordered(exemplars, shot_order)
     head = [V.TAG[episode.family]] + (episode.header if episode.header_region == "system" else [])
     passage = [] if episode.header_region == "system" else episode.header
     parts = [("system", -1, head), ("context", -1, passage)]
@@ -115,6 +119,8 @@ def _kind(word: str) -> str:
     return KINDS.get(word, "-")
 
 
+BUILDING = ("code",)
+"""Families whose questions use what earlier ones set: their order cannot be changed."""
 KINDS = dict.fromkeys(V.KEYS, "K") | dict.fromkeys(V.VALUES, "V") | dict.fromkeys(V.NUMBERS, "N")
 SCORERS: dict[str, Callable[[list[str], list[str]], Score]] = {
     "knowledge": _letter, "choice": _letter, "recall": _whole("V"), "arithmetic": _chain, "code": _whole("K*N"),

@@ -68,7 +68,7 @@ class PassKeys(Task):
     count: Callable[[str], int] = len
     """Tokens of a text."""
 
-    def samples(self, *, shots: int, shot_seed: int, limit: int | None, data_dir: str | None) -> list[Sample]:
+    def samples(self, *, shot_seed: int, limit: int | None, **_: Any) -> list[Sample]:
         return [self._sample(i, shot_seed) for i in range(limit or 1)]
 
     def score(self, sample: Sample, output: str) -> Score:

@@ -7,12 +7,15 @@ import json
 import random
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kvcli import hub
 from kvcli.errors import KvcliError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -164,3 +167,8 @@ def _hub_error(data: DataSet, split: str, reason: str, error: Exception) -> Kvcl
 
 def _plain(name: str) -> str:
     return re.sub(r"\W+", "_", name).lower()
+
+
+def reordered(items: Sequence[T], order: int) -> list[T]:
+    """The same items as they come (0) or in the order of that number: what `--shot-order` does to shots."""
+    return list(items) if order == 0 else [items[i] for i in permutation(f"kvcli:order:{order}", len(items))]

@@ -7,11 +7,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvcli.errors import KvcliError
-from kvcli.evals.data import DataSet, Row, bad_row, find_folder, first_of, permutation, read_jsonl, read_split
+from kvcli.evals.data import (
+    DataSet,
+    Row,
+    bad_row,
+    find_folder,
+    first_of,
+    permutation,
+    read_jsonl,
+    read_split,
+    reordered,
+)
 from kvcli.evals.extract import Filter, cut
 from kvcli.evals.plugin import load_object
 from kvcli.evals.scorers import SCORERS, Judge, Metric, Rules
-from kvcli.evals.spec import Sample, Score, Segment, Task
+from kvcli.evals.spec import Sample, Score, Segment, Task, Tokens
 from kvcli.evals.template import Template
 
 
@@ -63,12 +73,21 @@ class RowTask(Task):
     def data(self) -> DataSet:
         return DataSet(self.name, self.dataset_path, self.dataset_name, self.revision)
 
-    def samples(self, *, shots: int, shot_seed: int, limit: int | None, data_dir: str | None) -> list[Sample]:
+    def samples(
+        self,
+        *,
+        shots: int,
+        shot_seed: int,
+        limit: int | None,
+        data_dir: str | None,
+        shot_order: int = 0,
+        tokens: Tokens | None = None,
+    ) -> list[Sample]:
         """Description, shots joined by the delimiters, the question: the text lm-evaluation-harness builds."""
         rows = read_split(self.data, self.test_split, data_dir)
         chosen = [rows[i] for i in first_of(self.name, len(rows), limit)]
         exemplars = self._exemplars(shots, shot_seed, data_dir)
-        return [self._sample(row, exemplars, shots) for row in chosen]
+        return [self._sample(row, exemplars, shots, shot_order) for row in chosen]
 
     def score(self, sample: Sample, output: str) -> Score:
         golds = sample.target if isinstance(sample.target, list) else [sample.target]
@@ -78,9 +97,9 @@ class RowTask(Task):
         judge: Judge = load_object(self.scorer, Path(self.source).parent)
         return judge(output, golds)
 
-    def _sample(self, row: Row, exemplars: list[Row], shots: int) -> Sample:
+    def _sample(self, row: Row, exemplars: list[Row], shots: int, shot_order: int) -> Sample:
         """A row is never its own exemplar: `exemplars` holds one to spare when it is drawn from the tested split."""
-        others = [e for e in exemplars if e.where != row.where][:shots]
+        others = reordered([e for e in exemplars if e.where != row.where][:shots], shot_order)
         segments = [Segment(self.description, "system")] if self.description else []
         segments += [Segment(self._shot(e), "shot", i) for i, e in enumerate(others)]
         segments.append(Segment(self._text(row, self.doc_to_text), "question"))

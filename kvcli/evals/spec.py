@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,9 @@ from kvcli.spans import Segment as Segment
 class Sample:
     """One question: its prompt in segments (their texts joined give the whole prompt) and what is right.
 
-    cluster: samples that share a passage, subject or generation form one cluster in the statistics.
+    cluster: samples that share a passage, subject or generation form one cluster in the statistics. options:
+    continuations to choose from, each with the white space it begins with; then nothing is generated, the likeliest
+    one is the answer, and `target` is the index of the right one.
     """
 
     id: str
@@ -22,10 +25,15 @@ class Sample:
     target: Any
     cluster: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
         return "".join(s.text for s in self.segments)
+
+
+Tokens = Callable[[str], int]
+"""How many tokens a text has."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,8 @@ class Task(ABC):
     until: tuple[str, ...] = ()
     chance: float | None = None
     harmful: bool = False
+    output_type: str = "generate_until"
+    """Or multiple_choice: samples have options."""
     chat: bool = True
     """False: prompts are raw text even where the tokenizer has a chat template."""
     reference: dict[str, float] = field(default_factory=dict)
@@ -62,10 +72,44 @@ class Task(ABC):
     digest: str = ""
     """Hash of the definition's file and of the code it names: an edited task is another task."""
 
+    def check(self) -> None:
+        """Raises KvcliError where this machine cannot score the task. Asked before weights are loaded."""
+        return
+
     @abstractmethod
-    def samples(self, *, shots: int, shot_seed: int, limit: int | None, data_dir: str | None) -> list[Sample]:
-        """The first `limit` samples of one permutation fixed by the task's name (nested: 20 is inside 100)."""
+    def samples(
+        self,
+        *,
+        shots: int,
+        shot_seed: int,
+        limit: int | None,
+        data_dir: str | None,
+        shot_order: int = 0,
+        tokens: Tokens | None = None,
+    ) -> list[Sample]:
+        """The first `limit` samples of one permutation fixed by the task's name (nested: 20 is inside 100).
+
+        shot_order: 0 as they come, another number shuffles the same shots (`kvcli.evals.data.reordered`). tokens: how many
+        tokens a text has for the run's tokenizer, for tasks that are generated to a length.
+        """
 
     @abstractmethod
     def score(self, sample: Sample, output: str) -> Score:
         """Judges one output text."""
+
+    def choose(self, sample: Sample, loglikelihoods: Sequence[float]) -> Score:
+        """Judges a choice among the sample's options by their log-likelihoods in nats, summed over tokens.
+
+        Rule: lm-evaluation-harness `multiple_choice`: `acc` takes the likeliest option, `acc_norm` the likeliest per
+        character of the option without the blank in front. Both are stored; the task's metric is the score.
+        """
+        texts = [option.lstrip() for option in sample.options]
+        per_length = [v / max(1, len(text)) for v, text in zip(loglikelihoods, texts, strict=True)]
+        best = {"acc": _first_best(loglikelihoods), "acc_norm": _first_best(per_length)}
+        extra = {name: float(at == sample.target) for name, at in best.items()}
+        metric = self.metric if self.metric in best else "acc"
+        return Score(extra[metric], texts[best[metric]], extra)
+
+
+def _first_best(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=lambda i: values[i])
