@@ -96,8 +96,8 @@ def kvcli_sweep(
     """One sweep over a grid; the time includes everything after the model is in memory."""
     from kvcli.config import SweepConfig
     from kvcli.engine.estimate import Sizes, rows_that_fit
-    from kvcli.engine.plan import MAX_DECODE_ROWS, Generation, make_cells, make_plan
-    from kvcli.engine.prepare import PromptSet
+    from kvcli.engine.plan import MAX_DECODE_ROWS, Generation, PromptKey, make_cells, make_plan
+    from kvcli.engine.prompts import PromptSet
     from kvcli.engine.runner import Options, Runner
     from kvcli.engine.session import DEFAULT_MEMORY
     from kvcli.evals.spec import Sample, Score, Task
@@ -130,7 +130,8 @@ def kvcli_sweep(
         for i, p in enumerate(lists)
     ]
     samples = [Sample(str(i), (), "") for i in range(len(lists))]
-    sets = {("bench", 0): PromptSet(task, 0, samples, prompts)}
+    key = PromptKey("bench", 0)
+    sets = {key: PromptSet(task, key, samples, prompts)}
     cells = make_cells(config, [task], {})
     plan = make_plan(cells, [Generation(tuple(c.id for c in cells), None)], {("bench", 0): len(lists)}, len(lists))
     sink = Sink()

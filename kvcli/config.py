@@ -29,6 +29,8 @@ class SweepConfig:
     trust_remote_code: bool = False
     kvpress_python: str | None = None
     template: str = "auto"
+    system: str | None = None
+    truncate: str | None = None
 
     methods: tuple[str, ...] = ()
     ratios: tuple[str, ...] = ()
@@ -37,7 +39,9 @@ class SweepConfig:
     tasks: tuple[str, ...] = ()
     shots: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0,)
-    shot_seed: int = 0
+    shot_seeds: tuple[int, ...] = (0,)
+    shot_orders: tuple[int, ...] = (0,)
+    query: tuple[str, ...] = ("aware",)
     first_token: tuple[str, ...] = ("compressed",)
     full: bool = True
     weights: tuple[str, ...] = ("dense",)
@@ -66,6 +70,7 @@ class SweepConfig:
     max_time: float | None = None
     deterministic: bool = False
     fidelity: bool = True
+    unsafe_exec: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
@@ -94,6 +99,7 @@ class SweepConfig:
 GRID = (
     "methods", "ratios", "budgets", "tasks", "shots", "seeds", "first_token", "limit", "full",
     "decode_ratios", "decode_budgets", "decode_interval", "cap", "draws", "weights", "calib", "match",
+    "shot_seeds", "shot_orders", "query",
 )  # fmt: skip
 """Settings that may grow inside one result folder."""
 
@@ -110,13 +116,18 @@ HOUSEKEEPING = (
     "max_prompt_tokens",
     "deterministic",
     "fidelity",
+    "unsafe_exec",
 )
 """Settings that change no result."""
+
+LATER = ("system", "truncate")
+"""Settings that folders of earlier versions lack: left out of their names where they are not set."""
 
 
 def folder_hash(config: SweepConfig) -> str:
     """8 hex digits over all that fixes a result folder: everything but the grid and housekeeping."""
     kept = {k: v for k, v in config.to_dict().items() if k not in GRID + HOUSEKEEPING}
+    kept = {k: v for k, v in kept.items() if k not in LATER or v is not None}
     return stable_hash(kept, 8)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 REGIONS = ("system", "context", "shot", "question")
@@ -39,3 +40,8 @@ class Region:
 
     def __len__(self) -> int:
         return self.end - self.start
+
+
+def question_start(regions: Sequence[Region]) -> int:
+    """First token of the question; the prompt's last token where it has none."""
+    return next((r.start for r in regions if r.kind == "question"), regions[-1].end - 1)

@@ -10,6 +10,7 @@ import typer
 
 from kvcli.config import SweepConfig, read_yaml
 from kvcli.errors import KvcliError, unknown
+from kvcli.grammar import split_tasks
 
 ENVIRONMENT = "KVCLI_"
 _GRID, _ANSWERS, _MODEL, _RUNNING = "Grid", "While generating", "Model", "Running"
@@ -64,6 +65,10 @@ KvpressPython = Annotated[
 Template = Annotated[
     str | None, _option("--template", help="auto, chat or raw prompts.", panel=_MODEL, metavar="WHICH")
 ]
+System = Annotated[
+    str | None,
+    _option("--system", help="A system text in front of every prompt; @FILE reads it.", panel=_MODEL, metavar="TEXT"),
+]
 Methods = Annotated[
     list[str] | None,
     _option(
@@ -101,7 +106,23 @@ Shots = Annotated[
 Seeds = Annotated[
     str | None, _option("--seed", help="Seeds of random methods and of sampled answers.", panel=_GRID, metavar="N,N")
 ]
-ShotSeed = Annotated[int | None, _option("--shot-seed", help="Which examples are drawn.", panel=_GRID, metavar="N")]
+ShotSeeds = Annotated[
+    str | None, _option("--shot-seed", help="Which examples are drawn [default: 0].", panel=_GRID, metavar="N,N")
+]
+ShotOrders = Annotated[
+    str | None,
+    _option("--shot-order", help="Their order: 0 as they come, N shuffled [default: 0].", panel=_GRID, metavar="N,N"),
+]
+Query = Annotated[
+    str | None,
+    _option(
+        "--query",
+        help="aware: the question is compressed with the rest; agnostic: the rest without it; or both as a list "
+        "[default: aware].",
+        panel=_GRID,
+        metavar="MODES",
+    ),
+]
 FirstToken = Annotated[
     str | None,
     _option(
@@ -185,7 +206,27 @@ MaxNewTokens = Annotated[
     _option("--max-new-tokens", help="Length of answers [default: the task's own].", panel=_ANSWERS, metavar="N"),
 ]
 MaxPromptTokens = Annotated[
-    int | None, _option("--max-prompt-tokens", help="Refuse longer prompts.", panel=_RUNNING, metavar="N")
+    int | None,
+    _option(
+        "--max-prompt-tokens", help="Refuse longer prompts, or cut them with --truncate.", panel=_RUNNING, metavar="N"
+    ),
+]
+Truncate = Annotated[
+    str | None,
+    _option(
+        "--truncate",
+        help="Cut prompts that are too long: middle, or left; never the question.",
+        panel=_RUNNING,
+        metavar="WHERE",
+    ),
+]
+UnsafeExec = Annotated[
+    bool | None,
+    _option(
+        "--unsafe-exec",
+        help="Run generated programs with plain limits where no sandbox can be had.",
+        panel=_RUNNING,
+    ),
 ]
 IgnoreEos = Annotated[bool | None, _option("--ignore-eos", help="Always generate the full length.", panel=_ANSWERS)]
 Deterministic = Annotated[
@@ -279,17 +320,32 @@ def collect(typed: dict[str, Any]) -> dict[str, Any]:
     lists = {"methods": typed.pop("method"), "ratios": typed.pop("ratio"), "tasks": typed.pop("task")}
     named: dict[str, Any] = {name: (v,) if isinstance(v, str) else v for name, v in lists.items()}
     if named["tasks"]:
-        named["tasks"] = tuple(piece.strip() for text in named["tasks"] for piece in text.split(","))
+        named["tasks"] = tuple(split_tasks(named["tasks"]))
     for name, option in (
         ("budgets", "budget"),
         ("seeds", "seed"),
         ("shots", "shots"),
         ("decode_budgets", "decode_budget"),
+        ("shot_seeds", "shot_seed"),
+        ("shot_orders", "shot_order"),
     ):
         named[name] = integers(f"--{option.replace('_', '-')}", typed.pop(option))
     named["first_token"] = words(typed.pop("first_token"))
+    named["query"] = words(typed.pop("query"))
+    named["system"] = _text(typed.pop("system"))
     named["decode_ratios"] = words(typed.pop("decode_ratio"))
     return {key: value for key, value in {**named, **typed}.items() if value is not None and value != []}
+
+
+def _text(given: str | None) -> str | None:
+    """The text itself, or that of the file behind @. Raises KvcliError."""
+    if given is None or not given.startswith("@"):
+        return given
+    try:
+        return Path(given[1:]).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        why = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
+        raise KvcliError(f"cannot read {given[1:]}: {why}", given=f"--system {given}", fix="check the path") from e
 
 
 def words(text: str | None) -> tuple[str, ...] | None:
@@ -329,7 +385,11 @@ def _from_text(annotation: str, name: str, value: str) -> Any:
     if kind == "tuple[int, ...]":
         return integers(f"{ENVIRONMENT}{name.upper()}", value)
     if kind == "tuple[str, ...]":
-        return [value] if name in ("methods", "ratios", "weights") else [piece.strip() for piece in value.split(",")]
+        return (
+            [value]
+            if name in ("methods", "ratios", "weights", "tasks")
+            else [piece.strip() for piece in value.split(",")]
+        )
     if kind == "bool":
         if value.lower() not in ("true", "false"):
             raise KvcliError(f"'{name}' must be true or false", given=given, fix=f"{ENVIRONMENT}{name.upper()}=true")

@@ -22,20 +22,23 @@ OneRatio = Annotated[
 
 def command(
     task: OneTask, method: OneMethod = None, ratio: OneRatio = None, budget: o.Budgets = None, shots: o.Shots = None,
-    seed: o.Seeds = None, shot_seed: o.ShotSeed = None, first_token: o.FirstToken = None, full: o.NoFull = None,
+    seed: o.Seeds = None, shot_seed: o.ShotSeeds = None, shot_order: o.ShotOrders = None,
+    query: o.Query = None, first_token: o.FirstToken = None, full: o.NoFull = None,
     weights: o.Weights = None, calib: o.Calib = None,
     strict_window: o.StrictWindow = None, decode_ratio: o.DecodeRatio = None, decode_budget: o.DecodeBudget = None,
     decode_interval: o.DecodeInterval = None, cap: o.Cap = None, temperature: o.Temperature = None,
     top_p: o.TopP = None, draws: o.Draws = None, limit: o.Limit = None, model: o.Model = None,
     tokenizer: o.Tokenizer = None,
     dtype: o.Dtype = None, device: o.Device = None, attn: o.Attn = None, template: o.Template = None,
+    system: o.System = None,
     trust_remote_code: o.TrustRemoteCode = None,
     kvpress_python: o.KvpressPython = None, max_new_tokens: o.MaxNewTokens = None,
-    max_prompt_tokens: o.MaxPromptTokens = None, ignore_eos: o.IgnoreEos = None, data_dir: o.DataDir = None,
+    max_prompt_tokens: o.MaxPromptTokens = None, truncate: o.Truncate = None,
+    ignore_eos: o.IgnoreEos = None, data_dir: o.DataDir = None,
     out: o.Out = None, keep_maps: o.KeepMaps = None, store_prompts: o.StorePrompts = None,
     prefill_batch: o.PrefillBatch = None, decode_batch: o.DecodeBatch = None, memory: o.Memory = None,
     threads: o.Threads = None, max_time: o.MaxTime = None, deterministic: o.Deterministic = None,
-    fidelity: o.Fidelity = None, config: o.ConfigFile = None, json: o.Json = False,
+    fidelity: o.Fidelity = None, unsafe_exec: o.UnsafeExec = None, config: o.ConfigFile = None, json: o.Json = False,
     dry_run: o.DryRun = False,
 ) -> None:  # fmt: skip
     """Measure one method at one kept ratio on one task.

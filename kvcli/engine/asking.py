@@ -19,7 +19,7 @@ from kvcli.engine.generate import Ask, Start, StopRules, end_tokens
 from kvcli.engine.plan import Anchor, Cell, ratio_of
 from kvcli.engine.pool import Cap, PoolRow
 from kvcli.engine.prefilling import Ready
-from kvcli.engine.prepare import PromptSet
+from kvcli.engine.prompts import PromptSet
 from kvcli.engine.sampling import Sampler
 from kvcli.engine.selecting import SharedContextWritten, checked, guarded, select
 from kvcli.errors import KvcliError
@@ -67,6 +67,9 @@ class Choice:
     """Bytes its kept pairs were to have, where they are those of another method."""
     logits: Tensor | None = None
     """[V] behind the prompt, where they come from a prefill of the method's own."""
+    sample_id: str = ""
+    first: Tensor | None = None
+    """[V] log-probabilities of the answer's first token, where it comes from a prefill and options are judged by it."""
 
 
 @dataclass
@@ -88,7 +91,7 @@ class Asker:
         if method.kind == "in-prefill":
             selection, row, logits = self._pruned(method, ctx, budget)
         else:
-            selection, logits = select(method, ctx, budget), ready.logits
+            selection, logits = self._selected(method, ctx, budget, cell), ready.logits
             pairs = _pairs(method, ctx, selection.kept)
             payload = self._payload(method, ctx, selection, pairs)
             row = self._row(cell, method, ctx, selection, pairs, budget)
@@ -97,9 +100,19 @@ class Asker:
             selection.flags |= {"noop"}
         if matched is not None and self._misses(selection, matched):
             selection.flags |= {"unreachable"}
-        choice = Choice(sample, cell, ctx, selection, time.perf_counter() - started, payload, matched, own)
-        sampler = self._sampler(cell, ctx)
-        return Ask(row, self._start(choice, logits, sampler), self._rules(prompts), sampler, choice)
+        name, prompt = prompts.samples[ready.index].id, prompts.prompts[ready.index]
+        choice = Choice(sample, cell, ctx, selection, time.perf_counter() - started, payload, matched, own, name)
+        sampler = self._sampler(cell, name)
+        start = self._start(choice, logits, sampler, prompt.ids)
+        if prompt.options and start.given is not None:
+            choice.first = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return Ask(row, start, self._rules(prompts), sampler, choice, prompt.options)
+
+    def _selected(self, method: Method, ctx: Context, budget: Budget, cell: Cell) -> Selection:
+        """The method's selection; of a context that many questions are asked about, made once per cell."""
+        if cell.query == "aware":
+            return select(method, ctx, budget)
+        return ctx.once(("selected", cell.id), lambda: select(method, ctx, budget))
 
     def _bytes_of(self, anchor: Anchor, ctx: Context) -> int:
         """Bytes of what the anchor keeps of this prompt: it really selects and stores it, once per prompt and seed."""
@@ -148,7 +161,7 @@ class Asker:
         """The row's kept pairs; in the compressed mode the last prompt token leaves and is fed again."""
         transform, kept = transform_of(method), selection.kept
         keys, values, chosen = pairs
-        if cell.first_token == "compressed":
+        if cell.first_token == "compressed" and cell.query == "aware":
             kept, chosen = _without_last(kept), _without_last(chosen)
         if transform is not None:
             row = Row(keys, values, chosen)
@@ -181,21 +194,24 @@ class Asker:
             raise KvcliError("this model's keys cannot be moved", given=cell.method, fix="rerotate=false")
         return lambda layer, keys, old: rope.move(keys, old, torch.arange(len(old)))
 
-    def _start(self, choice: Choice, logits: Tensor, sampler: Sampler | None) -> Start:
-        """Where the row begins: the position after its last pair, true or (rerotated) inside the cache."""
+    def _start(self, choice: Choice, logits: Tensor, sampler: Sampler | None, ids: Sequence[int]) -> Start:
+        """Where the row begins: the position after its last pair, true or (rerotated) inside the cache. ids: the whole
+        prompt's, of which the context may be the part before the question."""
         n, last = choice.context.n, choice.context.token_ids[-1]
         end = len(choice.selection.kept[0]) if choice.selection.rerotate else n
+        if choice.cell.query == "agnostic":
+            return Start(ids[n], end, follow=tuple(ids[n + 1 :]))
         if choice.cell.first_token == "compressed":
             return Start(last, end - 1)
         return Start(last, end, given=sampler(logits, 0) if sampler else int(logits.argmax()))
 
-    def _sampler(self, cell: Cell, ctx: Context) -> Sampler | None:
+    def _sampler(self, cell: Cell, sample_id: str) -> Sampler | None:
         if not self.options.temperature:
             return None
-        return Sampler(self.options.temperature, self.options.top_p, cell.seed or 0, ctx.sample_id, cell.draw)
+        return Sampler(self.options.temperature, self.options.top_p, cell.seed or 0, sample_id, cell.draw)
 
     def _rules(self, prompts: PromptSet) -> StopRules:
-        length = self.options.max_new_tokens or prompts.task.max_new_tokens
+        length = prompts.new_tokens(self.options.max_new_tokens)
         if self.options.ignore_eos:
             return StopRules(length)
         return StopRules(length, end_tokens(self.model), prompts.task.until)

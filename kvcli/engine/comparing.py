@@ -14,7 +14,7 @@ from kvcli.engine.generate import Ask, Build, OutOfRoom
 from kvcli.engine.memory import Room, is_out_of_memory
 from kvcli.engine.plan import Cell
 from kvcli.engine.prefilling import Ready
-from kvcli.engine.prepare import PromptSet
+from kvcli.engine.prompts import PromptSet
 from kvcli.models.wrapper import Model
 
 MOST_BYTES = 512 << 20
@@ -27,10 +27,11 @@ Key = tuple[str, str]
 
 
 def mode_of(cell: Cell, first_token: str | None = None) -> str:
-    """Cells of one mode are compared with one answer of `full`: task, shots, first-token mode, weights, and how it was
-    drawn."""
+    """Cells of one mode are compared with one answer of `full`: that to the same prompts in the same first-token mode,
+    with the same weights, drawn in the same way."""
     drawn = (cell.seed or 0, cell.draw) if cell.key.get("temperature") else ()
-    return _APART.join(map(str, (cell.task, cell.shots, first_token or cell.first_token, cell.weights, *drawn)))
+    parts = (*cell.prompt_key, first_token or cell.first_token, cell.weights, *drawn)
+    return _APART.join(map(str, parts))
 
 
 @dataclass
@@ -47,14 +48,14 @@ class Comparer:
         """Keeps the answer of a row of `full`; returns its key, nothing for other rows."""
         if choice.cell.method != "full":
             return set()
-        key = (mode_of(choice.cell), choice.context.sample_id)
+        key = (mode_of(choice.cell), choice.sample_id)
         self.answers[key] = ids
         return {key}
 
     def key(self, choice: Choice, coming: Collection[Key] = ()) -> Key | None:
         """Where full's answer to this row's prompt is or, out of `coming`, will be; None where there is none."""
         modes = ("prefill", "compressed") if choice.cell.first_token == "n/a" else (choice.cell.first_token,)
-        keys = [(mode_of(choice.cell, mode), choice.context.sample_id) for mode in modes]
+        keys = [(mode_of(choice.cell, mode), choice.sample_id) for mode in modes]
         return next((key for key in keys if key in self.answers or key in coming), None)
 
     def answer(self, choice: Choice) -> list[int] | None:
@@ -76,7 +77,7 @@ class Comparer:
         keys = [self.key(ask.tag) for ask in asks]
         for i, (ask, key) in enumerate(zip(asks, keys, strict=True)):
             if ask.tag.cell.method == "full" and key is not None:
-                found[i] = fidelity.same(len(fidelity.forced(ask, self.answers[key])[1]))
+                found[i] = fidelity.same(len(fidelity.forced(ask, self.answers[key]).right))
         mine = [i for i, key in enumerate(keys) if key is not None and asks[i].tag.cell.method != "full"]
         one = build is not CompressedCache
         for some in fidelity.batches([asks[i] for i in mine], room):
@@ -102,7 +103,7 @@ class Comparer:
 
     def _reference(self, prompts: PromptSet, choice: Choice, key: Key, ready: dict[int, Ready]) -> fidelity.Reference:
         if key not in self._references:
-            mode = key[0].split(_APART)[2]
+            mode = key[0].split(_APART)[len(choice.cell.prompt_key)]
             cell = dataclasses.replace(
                 choice.cell, method="full", ratio="1", budget=None, match=None, decode=None, first_token=mode
             )

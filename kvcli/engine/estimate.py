@@ -10,8 +10,8 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from kvcli.engine.memory import CHUNK
-from kvcli.engine.plan import Cell, DecodeBatch, Plan, PrefillBatch, padded_share, ratio_of
-from kvcli.engine.prepare import PromptSet
+from kvcli.engine.plan import Cell, DecodeBatch, Plan, PrefillBatch, PromptKey, padded_share, ratio_of
+from kvcli.engine.prompts import PromptSet
 
 if TYPE_CHECKING:
     from kvcli.methods.base import Method
@@ -138,7 +138,7 @@ class _Work:
 
 
 def estimate(
-    plan: Plan, wanted: set[str], prompt_sets: dict[tuple[str, int], PromptSet], sizes: Sizes, itemsize: int, rows: int,
+    plan: Plan, wanted: set[str], prompt_sets: dict[PromptKey, PromptSet], sizes: Sizes, itemsize: int, rows: int,
     length: int | None, done: set[tuple[str, str]], limit: int | None, methods: dict[str, Method], room: int,
 ) -> Estimate:  # fmt: skip
     """What is still to do of the wanted cells and first `limit` samples; done: (cell, sample) pairs with a record.
@@ -151,13 +151,13 @@ def estimate(
     token = sizes.kv_elements * itemsize
     recorded = _by_cell(done)
     for batch in plan.batches:
-        prompts = prompt_sets[batch.task, batch.shots]
+        prompts = prompt_sets[batch.prompts]
         samples = range(batch.start, min(batch.end, limit or batch.end))
         mine = list(_parts([c for c in batch.cells if c.id in wanted], prompts, samples, recorded))
         if not mine:
             continue
         parts += mine
-        new = length or prompts.task.max_new_tokens
+        new = prompts.new_tokens(length)
         lengths = [len(prompts.prompts[i].ids) for i in samples]
         longest = max(lengths) + new
         decodes = work.batches(batch, rows)
@@ -219,7 +219,7 @@ def _largest(slots: Sequence[int], room: int) -> int:
 class _Part:
     """Cells of one prompt set and of the same weights that lack the same samples (by index)."""
 
-    prompt_key: tuple[str, int]
+    prompt_key: PromptKey
     cells: list[Cell]
     samples: Sequence[int]
 
@@ -245,12 +245,10 @@ def _parts(
                 yield _Part(cell.prompt_key, [cell], left)
 
 
-def _groups(
-    prompt_sets: dict[tuple[str, int], PromptSet], parts: Sequence[_Part], methods: dict[str, Method]
-) -> list[Group]:
+def _groups(prompt_sets: dict[PromptKey, PromptSet], parts: Sequence[_Part], methods: dict[str, Method]) -> list[Group]:
     found = []
     axis = dict.fromkeys(part.cells[0].weights for part in parts)
-    for weights, ((task, shots), prompts) in product(axis, prompt_sets.items()):
+    for weights, (key, prompts) in product(axis, prompt_sets.items()):
         dense: set[int] = set()
         for sharing in (1, 2, 3):
             cells: set[str] = set()
@@ -258,18 +256,18 @@ def _groups(
             alone = 0
             for part in parts:
                 mine = [c.id for c in part.cells if methods[c.method].sharing == sharing]
-                if mine and (part.prompt_key, part.cells[0].weights) == ((task, shots), weights):
+                if mine and (part.prompt_key, part.cells[0].weights) == (key, weights):
                     cells.update(mine)
                     some.update(part.samples)
-                    alone += len(mine) * sum(len(prompts.prompts[i].ids) for i in part.samples)
+                    alone += len(mine) * sum(len(prompts.parts[i].ids) for i in part.samples)
             if not cells:
                 continue
             alone *= 2 if sharing == 2 else 1
-            own = {1: 0, 2: sum(len(prompts.prompts[i].ids) for i in some), 3: alone}[sharing]
+            own = {1: 0, 2: sum(len(prompts.parts[i].ids) for i in some), 3: alone}[sharing]
             new = sorted(some - dense)  # the first group of a prompt pays for its dense prefill
             dense |= some
-            tokens = own + (_shared_tokens([prompts.prompts[i] for i in new]) if new else 0)
-            found.append(Group(task, shots, weights, sharing, len(cells), len(some), tokens, alone))
+            tokens = own + (_shared_tokens([prompts.parts[i] for i in new]) if new else 0)
+            found.append(Group(key.task, key.shots, weights, sharing, len(cells), len(some), tokens, alone))
     return found
 
 

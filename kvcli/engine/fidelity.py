@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 256
 """Of full's answer so many tokens are compared; later ones follow from the same caches and would cost more memory."""
-_WIDE = 1 << 16
+WIDE = 1 << 16
+"""As many tokens at a time as there are."""
 _LOGITS = 1 << 24
 """Logits computed at a time."""
 
@@ -54,17 +55,32 @@ def same(tokens: int) -> Distance | None:
     return Distance(0.0, 1.0, 0.0, tokens) if tokens else None
 
 
-def forced(ask: Ask, ids: Sequence[int]) -> tuple[list[int], list[int]]:
-    """(tokens to feed from ask's start on, the tokens they are to predict)."""
-    ids = list(ids[:MOST_TOKENS])
-    return ([ask.start.token, *ids[:-1]], ids) if ask.start.given is None else (ids[:-1], ids[1:])
+@dataclass(frozen=True)
+class Forced:
+    """Tokens to feed from a row's start on: those behind the first `skip` predict the tokens `right`, one each."""
+
+    fed: list[int]
+    right: list[int]
+    skip: int = 0
+
+
+def forced(ask: Ask, ids: Sequence[int]) -> Forced:
+    """An answer's tokens fed to a row that predicts them; all but the first where that came from the prefill."""
+    ids, start = list(ids[:MOST_TOKENS]), ask.start
+    if start.given is not None:
+        return Forced(ids[:-1], ids[1:])
+    return Forced([start.token, *start.follow, *ids[:-1]], ids, len(start.follow))
 
 
 @torch.inference_mode()
 def reference(model: Model, ask: Ask, ids: list[int], memory: Workspace) -> Reference:
     """Full's predictions on its own answer `ids`. ask: a row of `full`."""
-    parts = [logits[0] for _, logits in _passes(model, [ask], [forced(ask, ids)[0]], _WIDE, memory, CompressedCache)]
-    logits = torch.cat(parts) if parts else torch.empty(0, model.vocabulary)
+    given = forced(ask, ids)
+    parts = []
+    if given.fed:
+        cache = CompressedCache([ask.row], [len(given.fed)], memory)
+        parts = [logits[0] for _, logits in passes(model, cache, [ask.start.position], [given.fed], WIDE)]
+    logits = torch.cat(parts)[given.skip :] if parts else torch.empty(0, model.vocabulary)
     return Reference(list(ids), logits, ask.start.given is not None)
 
 
@@ -74,16 +90,20 @@ def distances(
 ) -> list[Distance | None]:
     """Teacher-forced on full's answers through the caches of `asks`, all rows together; None for answers of one token
     that was taken from the prefill. one: the caches take one token at a time."""
-    pairs = [forced(ask, ref.ids) for ask, ref in zip(asks, answers, strict=True)]
+    given = [forced(ask, ref.ids) for ask, ref in zip(asks, answers, strict=True)]
     sums = torch.zeros(len(asks), 3, dtype=torch.double, device=model.device)
-    width = 1 if one else _WIDE
-    for first, logits in _passes(model, asks, [fed for fed, _ in pairs], width, memory, build):
-        for r, (ref, (fed, right)) in enumerate(zip(answers, pairs, strict=True)):
-            count = min(len(fed) - first, logits.shape[1])
-            if count > 0:
-                mine = slice(first, first + count)
-                sums[r] += _compare(ref.logits_for(asks[r])[mine], logits[r, :count], right[mine])
-    return [_mean(sums[r], len(fed)) if fed else None for r, (fed, _) in enumerate(pairs)]
+    longest = max(len(g.fed) for g in given)
+    if longest:
+        cache = build([ask.row for ask in asks], [longest] * len(asks), memory)
+        begins = [ask.start.position for ask in asks]
+        for first, logits in passes(model, cache, begins, [g.fed for g in given], 1 if one else WIDE):
+            for r, (ref, g) in enumerate(zip(answers, given, strict=True)):
+                begin, end = max(first, g.skip), min(first + logits.shape[1], len(g.fed))
+                if begin < end:
+                    mine = slice(begin - g.skip, end - g.skip)
+                    seen = logits[r, begin - first : end - first]
+                    sums[r] += _compare(ref.logits_for(asks[r])[mine], seen, g.right[mine])
+    return [_mean(sums[r], len(g.right)) if g.right else None for r, g in enumerate(given)]
 
 
 def _mean(sums: Tensor, tokens: int) -> Distance:
@@ -101,17 +121,17 @@ def with_first(distance: Distance | None, full: Tensor, other: Tensor, first: in
     return Distance(mean[0], mean[1], mean[2], n + 1)
 
 
-def _passes(
-    model: Model, asks: Sequence[Ask], fed: Sequence[list[int]], width: int, memory: Workspace, build: Build
+def passes(
+    model: Model, cache: CompressedCache, begins: Sequence[int], fed: Sequence[list[int]], width: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """(index of the first token, logits [R, up to width, V]) pass by pass; rows that end early see padding."""
+    """Feeds tokens to the rows of a cache, row r from position begins[r] on; rows that end early see padding.
+
+    Yields (index of the first token, logits [R, up to width, V]) pass by pass.
+    """
     longest = max(map(len, fed))
-    if not longest:
-        return
-    cache = build([ask.row for ask in asks], [longest] * len(asks), memory)
     tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in fed])
-    begin = torch.tensor([[a.start.position] for a in asks])
-    width = max(1, min(width, _LOGITS // (len(asks) * model.vocabulary)))
+    begin = torch.tensor([[at] for at in begins])
+    width = max(1, min(width, _LOGITS // (len(fed) * model.vocabulary)))
     for first in range(0, longest, width):
         part = tokens[:, first : first + width]
         yield first, model.step(part, begin + torch.arange(first, first + part.shape[1]), cache)
@@ -131,10 +151,11 @@ def batches(asks: Sequence[Ask], room: Room) -> Iterator[list[int]]:
     batch: list[int] = []
     tally = room.tally()
     for i, ask in enumerate(asks):
-        if batch and not tally.fits(ask.row, MOST_TOKENS):
+        new = MOST_TOKENS + len(ask.start.follow)
+        if batch and not tally.fits(ask.row, new):
             yield batch
             batch, tally = [], room.tally()
-        tally.add(ask.row, MOST_TOKENS)
+        tally.add(ask.row, new)
         batch.append(i)
     if batch:
         yield batch

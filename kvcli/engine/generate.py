@@ -32,11 +32,13 @@ class StopRules:
 
 @dataclass(frozen=True)
 class Start:
-    """How a row begins: `token` is fed at `position`; `given` is a first answer token taken from the prefill."""
+    """How a row begins: `token` is fed at `position`, then those of `follow`, then the answer begins. `given`: the
+    answer's first token, taken from the prefill."""
 
     token: int
     position: int
     given: int | None = None
+    follow: tuple[int, ...] = ()
 
 
 @dataclass
@@ -54,6 +56,8 @@ class Generated:
     """16-bit bytes read per generated token, where a method chooses what to read."""
     payload: int | None = None
     """16-bit bytes of the row's pairs at its end; None where every generated token's pair was kept as it is."""
+    loglikelihoods: list[float] = field(default_factory=list)
+    """Of the options it was chosen from, in nats; empty where it was generated."""
 
 
 class Choose(Protocol):
@@ -71,6 +75,14 @@ class Ask:
     rules: StopRules
     choose: Choose | None = None
     tag: Any = None
+    options: Sequence[Sequence[int]] = ()
+    """Continuations to choose from; then nothing is generated."""
+
+    @property
+    def room(self) -> int:
+        """Tokens that may enter the row's cache."""
+        longest = max((len(ids) for ids in self.options), default=self.rules.max_new_tokens)
+        return len(self.start.follow) + longest
 
 
 class OutOfRoom(Exception):
@@ -135,7 +147,8 @@ def generate(
 
 
 class _Batch:
-    """The rows in flight. asks[r], outputs[r], tokens[r], positions[r] belong to row r of the cache."""
+    """The rows in flight. asks[r], outputs[r], tokens[r], positions[r] belong to row r of the cache; fed[r] tokens of
+    `follow` have entered it."""
 
     def __init__(
         self, model: Model, waiting: Iterator[Ask], room: Room, memory: Workspace, build: Build, steady: bool
@@ -145,6 +158,7 @@ class _Batch:
         self.cache: CompressedCache | None = None
         self.asks: list[Ask] = []
         self.outputs: list[Generated] = []
+        self.fed: list[int] = []
         self.live: list[int] = []
         self.next: Ask | None = None
         self.done: list[tuple[Ask, Generated]] = []
@@ -169,6 +183,7 @@ class _Batch:
             return
         asks, outputs = [self.asks[r] for r in keep], [self.outputs[r] for r in keep]
         tokens, positions = self.tokens[keep], self.positions[keep]
+        self.fed = [self.fed[r] for r in keep] + [0] * len(entering)
         self.asks = asks + [ask for ask, _ in entering]
         self.outputs = outputs + [output for _, output in entering]
         self.live = list(range(len(self.asks)))
@@ -178,7 +193,7 @@ class _Batch:
         self.positions = torch.cat([positions, torch.tensor([s.position for s in starts], dtype=torch.long)])
         if not self.asks:
             return
-        rows, rooms = [ask.row for ask, _ in entering], [ask.rules.max_new_tokens for ask, _ in entering]
+        rows, rooms = [ask.row for ask, _ in entering], [ask.room for ask, _ in entering]
         if self.cache is None:
             self.cache = self.build(rows, rooms, self.memory)
         else:
@@ -193,9 +208,9 @@ class _Batch:
         taken: list[tuple[Ask, Generated]] = []
         tally = self.room.tally()
         for ask in staying:
-            tally.add(ask.row, ask.rules.max_new_tokens)
+            tally.add(ask.row, ask.room)
         while (waiting := self._peek(bool(staying or taken))) is not None:
-            if not self.steady and tally.rows and not tally.fits(waiting.row, waiting.rules.max_new_tokens):
+            if not self.steady and tally.rows and not tally.fits(waiting.row, waiting.room):
                 break
             self.next = None
             output = Generated()
@@ -204,7 +219,7 @@ class _Batch:
             if output.finish:
                 self.done.append((waiting, output))
                 continue
-            tally.add(waiting.row, waiting.rules.max_new_tokens)
+            tally.add(waiting.row, waiting.room)
             taken.append((waiting, output))
         return taken
 
@@ -225,14 +240,22 @@ class _Batch:
         moving = torch.zeros_like(self.positions)
         moving[self.live] = 1  # a row that ended stays inside the model's context
         self.tokens, self.positions = logits.argmax(-1).cpu(), self.positions + moving
-        for r in list(self.live):
+        answering = [r for r in self.live if not self._follows(r)]
+        for r in answering:
             choose = self.asks[r].choose
             if choose is not None:
                 self.tokens[r] = choose(logits[r], len(self.outputs[r].ids))
-        for r, token in enumerate(self.tokens.tolist()):
-            if not self.outputs[r].finish:
-                self._accept(self.asks[r], self.outputs[r], token)
+        for r, token in zip(answering, self.tokens[answering].tolist(), strict=True):
+            self._accept(self.asks[r], self.outputs[r], token)
         self._leave()
+
+    def _follows(self, r: int) -> bool:
+        """Whether the row's next token is one of `follow`, whatever the model expects; it is put in its place."""
+        follow, at = self.asks[r].start.follow, self.fed[r]
+        if at == len(follow):
+            return False
+        self.tokens[r], self.fed[r] = follow[at], at + 1
+        return True
 
     def _leave(self) -> None:
         gone = [r for r in self.live if self.outputs[r].finish]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 STATISTICS = re.compile(r"column_sum(:question)?|window:\d+|band_sum:[1-9]\d*|q_moments(:\d+)?")
 """Kept by the prefill itself."""
+QUESTION = frozenset({"column_sum:question", "answer"})
+"""Known only with the question."""
 PASSES = frozenset({"reconstruction", "answer", "bands"})
 """Met by an extra pass of the model over the prompt, run when a method asks for it."""
 HANDLES = {

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvcli.config import SweepConfig, stable_hash
 from kvcli.errors import KvcliError
@@ -22,6 +22,20 @@ from kvcli.models.source import parse_model
 from kvcli.weights.spec import DENSE, Weights, resolve
 
 MAX_DECODE_ROWS = 256
+
+
+class PromptKey(NamedTuple):
+    """What decides the prompts of a task, and which part of them is compressed."""
+
+    task: str
+    shots: int
+    shot_seed: int = 0
+    shot_order: int = 0
+    query: str = "aware"
+
+    def __str__(self) -> str:
+        named = (("e", self.shot_seed), ("o", self.shot_order), ("q", self.query if self.query != "aware" else ""))
+        return f"{self.task}-s{self.shots}" + "".join(f"-{letter}{value}" for letter, value in named if value)
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,10 @@ class Cell:
     """The model's weights, as records name them."""
     match: Anchor | None = None
     """Whose bytes its budget is, in place of a ratio or a size."""
+    shot_seed: int = 0
+    shot_order: int = 0
+    query: str = "aware"
+    """agnostic: what stands before the question is compressed without having seen it."""
 
     @property
     def storage(self) -> str:
@@ -73,9 +91,9 @@ class Cell:
         return "stored" if self.transformed else ""
 
     @property
-    def prompt_key(self) -> tuple[str, int]:
+    def prompt_key(self) -> PromptKey:
         """Cells with the same one share prompts, and of the same weights prefills too."""
-        return self.task, self.shots
+        return PromptKey(self.task, self.shots, self.shot_seed, self.shot_order, self.query)
 
     def describe(self) -> dict[str, Any]:
         return dict(self.key)
@@ -94,8 +112,7 @@ class PrefillBatch:
     """Samples [start, end) of one prompt set, prefilled together for all its cells of one generation of the grid."""
 
     id: str
-    task: str
-    shots: int
+    prompts: PromptKey
     start: int
     end: int
     samples: int
@@ -164,7 +181,7 @@ class Generation:
 class Plan:
     cells: dict[str, Cell]
     batches: tuple[PrefillBatch, ...]
-    samples: dict[tuple[str, int], int]
+    samples: dict[PromptKey, int]
     """Samples per prompt set."""
 
     @property
@@ -185,13 +202,26 @@ def make_cells(config: SweepConfig, tasks: Iterable[Task], facts: dict[str, Any]
     cells: dict[str, Cell] = {}
     axis = [(w, {**facts, **w.facts()} if w.pruning else facts) for w in resolve(config.weights, config.calib)]
     for (weights, known), task in product(axis, list(tasks)):
-        for shots in config.shots or (task.shots,):
+        for prompts in prompt_keys(config, task):
             for text, method in methods:
                 sizes = _sizes(config, method, anchors)
-                for first_token in config.first_token if method.kind != "in-prefill" else ("n/a",):
-                    for cell in _method_cells(config, task, shots, first_token, text, method, sizes, known, weights):
+                for first_token in _first_tokens(config, method, prompts):
+                    for cell in _method_cells(config, task, prompts, first_token, text, method, sizes, known, weights):
                         cells.setdefault(cell.id, cell)
     return list(cells.values())
+
+
+def prompt_keys(config: SweepConfig, task: Task) -> list[PromptKey]:
+    """The prompt sets of one task."""
+    axes = (config.shots or (task.shots,), config.shot_seeds, config.shot_orders, config.query)
+    return [PromptKey(task.name, *values) for values in product(*axes)]
+
+
+def _first_tokens(config: SweepConfig, method: Method, prompts: PromptKey) -> tuple[str, ...]:
+    """Behind a question that is read through the compressed cache, so is the answer's first token."""
+    if prompts.query == "agnostic":
+        return ("compressed",)
+    return config.first_token if method.kind != "in-prefill" else ("n/a",)
 
 
 def own_digest(task: Task) -> str | None:
@@ -231,7 +261,7 @@ def _anchors(config: SweepConfig, text: MethodText, method: Method) -> list[Anch
 def _method_cells(
     config: SweepConfig,
     task: Task,
-    shots: int,
+    prompts: PromptKey,
     first_token: str,
     text: MethodText,
     method: Method,
@@ -239,13 +269,15 @@ def _method_cells(
     facts: dict[str, Any],
     weights: Weights,
 ) -> Iterator[Cell]:
-    if first_token == "compressed" and not method.keeps_last:
+    aware = prompts.query == "aware"
+    if aware and first_token == "compressed" and not method.keeps_last:
         what = f"{text} may evict the last prompt token, which is fed again through the compressed cache"
         raise KvcliError(what, given=f"--method {text} --first-token {first_token}", fix="--first-token prefill")
     profile = profiles.check_profiles(parse_model(config.model), method.needs())
     for ratio, budget, anchor in sizes:
         more: dict[str, Any] = {"match": _anchor_key(config, anchor)} if anchor else {}
         more |= {"head_profile": profile} if profile else {}
+        more |= {"shot_order": prompts.shot_order} if prompts.shot_order else {}
         seeded = method.seeded or config.temperature or (anchor and catalog.build(anchor.method).seeded)
         for seed in config.seeds if seeded else (None,):
             for decode in decode_settings(config, method, ratio):
@@ -253,16 +285,16 @@ def _method_cells(
                     key = {
                         **facts,
                         "task": task.name, "task_version": task.version, "task_digest": own_digest(task),
-                        "shots": shots, "shot_seed": config.shot_seed,
+                        "shots": prompts.shots, "shot_seed": prompts.shot_seed,
                         "method": str(text), "method_code": catalog.code_hash(text), "ratio": ratio, "budget": budget,
-                        "strict_window": config.strict_window, "first_token": first_token, "query": "aware",
+                        "strict_window": config.strict_window, "first_token": first_token, "query": prompts.query,
                         "decode": decode, "seed": seed, "temperature": config.temperature, "top_p": config.top_p,
                         "draw": draw, "max_new_tokens": config.max_new_tokens or task.max_new_tokens,
                         "ignore_eos": config.ignore_eos, **more,
                     }  # fmt: skip
-                    yield Cell(stable_hash(key), task.name, shots, str(text), ratio, budget, first_token, seed, key,
-                               decode, draw, transform_of(method) is not None, isinstance(method, Reader),
-                               weights.text, anchor)  # fmt: skip
+                    yield Cell(stable_hash(key), task.name, prompts.shots, str(text), ratio, budget, first_token, seed,
+                               key, decode, draw, transform_of(method) is not None, isinstance(method, Reader),
+                               weights.text, anchor, *prompts[2:])  # fmt: skip
 
 
 def _anchor_key(config: SweepConfig, anchor: Anchor) -> dict[str, Any]:
@@ -292,7 +324,7 @@ def decode_settings(config: SweepConfig, method: Method, ratio: str | None) -> l
 
 
 def make_plan(
-    cells: Sequence[Cell], generations: Sequence[Generation], available: dict[tuple[str, int], int], prefill_rows: int
+    cells: Sequence[Cell], generations: Sequence[Generation], available: dict[PromptKey, int], prefill_rows: int
 ) -> Plan:
     """Prefill batches per generation: what each added to those before it; those of one kind of weights together.
 
@@ -317,7 +349,7 @@ def make_plan(
 
 def _batches(
     number: int,
-    prompt_key: tuple[str, int],
+    prompts: PromptKey,
     weights: str,
     group: list[Cell],
     covered: dict[str, int],
@@ -325,7 +357,6 @@ def _batches(
     rows: int,
 ) -> Iterator[PrefillBatch]:
     """Cells that already have some samples get the rest; borders of batches lie on multiples of `rows`."""
-    task, shots = prompt_key
     whole = tuple(group)  # one object for all batches: what is made of it once serves them all
     for start in range(0, count, rows):
         end = min(count, start + rows)
@@ -337,9 +368,9 @@ def _batches(
         order = sorted(by_first.items(), key=lambda item: (all(c.method != "full" for c in item[1]), item[0]))
         for first, members in order:  # `full` first: the others are compared with its output
             model = "" if weights == DENSE else f"-w{stable_hash(weights, 6)}"
-            name = f"g{number}-{task}-s{shots}{model}-p{first:05d}"
+            name = f"g{number}-{prompts}{model}-p{first:05d}"
             cells = whole if len(members) == len(whole) else tuple(members)
-            yield PrefillBatch(name, task, shots, first, end, count, cells, weights)
+            yield PrefillBatch(name, prompts, first, end, count, cells, weights)
 
 
 def ratio_of(cell: Cell | Anchor) -> Decimal | None:

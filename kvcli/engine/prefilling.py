@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from kvcli.engine.memory import CHUNK
 from kvcli.engine.needs import captured, given
 from kvcli.engine.plan import PrefillBatch
 from kvcli.engine.prefixes import PrefixCache, question_start, shared_cuts
-from kvcli.engine.prepare import PromptSet
+from kvcli.engine.prompts import PromptSet
 from kvcli.methods.context import Context
 from kvcli.models.answering import LONGEST, Answered, answered
 from kvcli.models.reconstruction import reconstruction
@@ -28,8 +29,9 @@ from kvcli.spans import Region
 
 @dataclass
 class Ready:
-    """A prefilled sample. logits [V]: what the dense prefill says of the first answer token."""
+    """A prefilled sample, number `index` of its prompt set. logits [V]: what the prefill says of the next token."""
 
+    index: int
     context: Context
     logits: Tensor
     seconds: float = 0.0
@@ -52,19 +54,22 @@ class Prefiller:
         self._given |= given(self.model, names - self._given.keys())
         cuts, prefixes = self._prefixes(prompts, batch, needs)
         groups: dict[tuple[int, ...], list[int]] = {}
-        for row in rows:
+        alike = _alike(prompts, batch, rows)
+        for row in alike:
             mine = cuts[batch.start + row]
-            begin = prompts.prompts[batch.start + row].ids[: mine[-1]] if mine else []
+            begin = prompts.parts[batch.start + row].ids[: mine[-1]] if mine else []
             groups.setdefault(tuple(begin), []).append(row)
         ready: dict[int, Ready] = {}
         for shared, members in groups.items():
             prefix = prefixes.get(shared, cuts[batch.start + members[0]])
-            lengths = [len(prompts.prompts[batch.start + row].ids) - len(shared) for row in members]
+            lengths = [len(prompts.parts[batch.start + row].ids) - len(shared) for row in members]
             for some in _together(members, lengths):
                 ready.update(self._pass(prompts, [batch.start + row for row in some], some, needs, prefix))
+        for row, others in alike.items():
+            ready |= {other: dataclasses.replace(ready[row], index=batch.start + other) for other in others}
         for each in ready.values():
             each.seconds = (time.perf_counter() - started) / len(ready)
-        return ready
+        return {row: ready[row] for row in rows}
 
     def clear(self) -> None:
         """Gives up the prefixes held."""
@@ -74,8 +79,8 @@ class Prefiller:
         self, prompts: PromptSet, indices: list[int], rows: list[int], needs: Needs, prefix: Dense | None
     ) -> Iterator[tuple[int, Ready]]:
         n = 0 if prefix is None else prefix.n
-        ids = [prompts.prompts[i].ids[n:] for i in indices]
-        questions = [question_start(prompts.prompts[i].regions) - n for i in indices]
+        ids = [prompts.parts[i].ids[n:] for i in indices]
+        questions = [question_start(prompts.parts[i].regions) - n for i in indices]
         done: Prefilled
         if len(ids) == 1:
             dense, done = self.model.prefill_one(ids[0], needs, questions[0], prefix, chunk=CHUNK)
@@ -84,15 +89,15 @@ class Prefiller:
             done = self.model.prefill(ids, needs, questions, prefix)
             denses = [done.dense(at) for at in range(len(ids))]
         for at, (row, index) in enumerate(zip(rows, indices, strict=True)):
-            yield row, Ready(self._context(denses[at], done.capture.scaling, prompts, index), done.logits[at])
+            yield row, Ready(index, self._context(denses[at], done.capture.scaling, prompts, index), done.logits[at])
 
     def _prefixes(
         self, prompts: PromptSet, batch: PrefillBatch, needs: Needs
     ) -> tuple[list[tuple[int, ...]], PrefixCache]:
         """Where shared prefixes end in each prompt of the batch's generation, and the cache that holds them."""
-        key = (batch.task, batch.shots, batch.samples, needs)
+        key = (batch.prompts, batch.samples, needs)
         if key not in self._shared:
-            some = prompts.prompts[: batch.samples]
+            some = prompts.parts[: batch.samples]
             limits = [min(question_start(p.regions), len(p.ids) - 1) for p in some]
 
             def extend(ids: Sequence[int], parent: Dense | None) -> Dense:
@@ -103,15 +108,30 @@ class Prefiller:
         return self._shared[key]
 
     def _context(self, dense: Dense, scaling: list[float], prompts: PromptSet, index: int) -> Context:
-        prompt, shapes, task = prompts.prompts[index], self.model.shapes, prompts.task
-        length = self.max_new_tokens or task.max_new_tokens
+        prompt, shapes, task = prompts.parts[index], self.model.shapes, prompts.task
+        agnostic = prompts.key.query == "agnostic"
+        length = prompts.new_tokens(self.max_new_tokens)
         return Context(
             n=dense.n, heads=shapes.heads, kv_heads=shapes.kv_heads[0], token_ids=prompt.ids, regions=prompt.regions,
             keys=dense.keys, values=dense.values, column_sums=dense.column_sums, window_queries=dense.window_queries,
-            scaling=scaling, sample_id=prompts.samples[index].id, seed=0, token_text=prompt.token_text,
+            scaling=scaling, sample_id=prompt.sha if agnostic else prompts.samples[index].id, seed=0,
+            token_text=prompt.token_text,
             passes={**self._given, **passes(self.model, dense, prompt.ids, prompt.regions, length, task.until)},
             rope=self.model.rope, o_proj=self.model.o_proj, moments=dense.moments,
         )  # fmt: skip
+
+
+def _alike(prompts: PromptSet, batch: PrefillBatch, rows: Sequence[int]) -> dict[int, list[int]]:
+    """Rows that stand for others with the same text to prefill, and those others: a context is read and selected from
+    once, however many questions are asked about it."""
+    if prompts.key.query == "aware":
+        return {row: [] for row in rows}
+    first: dict[str, int] = {}
+    found: dict[int, list[int]] = {}
+    for row in rows:
+        same = first.setdefault(prompts.parts[batch.start + row].sha, row)
+        found.setdefault(same, []).extend([row] if row != same else [])
+    return found
 
 
 def passes(

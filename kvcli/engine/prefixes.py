@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from kvcli.attention.capture import Dense
+from kvcli.spans import question_start as question_start
 
 LEAST = 32
 """Fewer shared tokens are not worth a pass of their own."""
 KEPT = 4
 """Prefixes held at a time; the least recently used leaves first."""
-
-
-def question_start(regions: Sequence[Any]) -> int:
-    """First token of the question; the prompt's last token where it has none."""
-    return next((r.start for r in regions if r.kind == "question"), regions[-1].end - 1)
 
 
 def shared_cuts(prompts: Sequence[Sequence[int]], limits: Sequence[int], least: int = LEAST) -> list[tuple[int, ...]]:

@@ -9,8 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcli.config import SweepConfig, folder_hash
-from kvcli.engine.needs import strange
-from kvcli.engine.plan import Cell, Generation, Plan, decode_settings, is_anchor, is_matched, make_cells, make_plan
+from kvcli.engine.needs import QUESTION, strange
+from kvcli.engine.plan import (
+    Cell,
+    Generation,
+    Plan,
+    PromptKey,
+    decode_settings,
+    is_anchor,
+    is_matched,
+    make_cells,
+    make_plan,
+    prompt_keys,
+)  # fmt: skip
+from kvcli.engine.prompts import PromptSet
 from kvcli.errors import KvcliError
 from kvcli.evals.loader import find_tasks, task_names
 from kvcli.evals.spec import Sample, Task
@@ -45,16 +57,6 @@ class Request:
 
 
 @dataclass
-class PromptSet:
-    """The samples and prompts of one task at one number of shots."""
-
-    task: Task
-    shots: int
-    samples: list[Sample]
-    prompts: list[Prompt]
-
-
-@dataclass
 class Prepared:
     request: Request
     model_config: Any
@@ -63,7 +65,7 @@ class Prepared:
     device: str
     identity: dict[str, Any]
     cells: list[Cell]
-    prompt_sets: dict[tuple[str, int], PromptSet]
+    prompt_sets: dict[PromptKey, PromptSet]
     warnings: list[str]
     calibration: dict[str, list[list[int]]] = field(default_factory=dict)
     """Per pruned weights, as records name them, the texts they are calibrated on."""
@@ -101,13 +103,22 @@ def check(config: SweepConfig) -> Request:
     check_model_options(config.dtype, config.template, config.attn, config.threads)
     for mode in config.first_token:
         one_of("--first-token", mode, ("compressed", "prefill"))
+    for mode in config.query:
+        one_of("--query", mode, ("aware", "agnostic"))
+    if config.truncate is not None:
+        one_of("--truncate", config.truncate, ("middle", "left"))
+    _check_agnostic(config, methods)
     weights = _check_weights(config, source)
     decode_ratios = _check_decoding(config, methods)
     _check_sampling(config)
     tasks = tuple(find_tasks(config.tasks or ((source.suite or "gsm8k"),)))
+    for task in tasks:
+        task.check()
     config = dataclasses.replace(
         config, methods=tuple(methods), ratios=ratios, tasks=tuple(map(task_text, tasks)),
         seeds=tuple(dict.fromkeys(config.seeds)), shots=tuple(dict.fromkeys(config.shots)),
+        shot_seeds=tuple(dict.fromkeys(config.shot_seeds)), shot_orders=tuple(dict.fromkeys(config.shot_orders)),
+        query=tuple(dict.fromkeys(config.query)),
         first_token=tuple(dict.fromkeys(config.first_token)), decode_ratios=decode_ratios,
         decode_budgets=tuple(dict.fromkeys(config.decode_budgets)), weights=weights,
     )  # fmt: skip
@@ -138,6 +149,21 @@ def _check_match(config: SweepConfig, methods: Sequence[str]) -> bool:
         what = f"--match bytes sets every size to the bytes of {', '.join(anchors)}"
         raise KvcliError(what, given=f"{option} --match bytes", fix=f"without {option.split()[0]}, or without --match")
     return sized
+
+
+def _check_agnostic(config: SweepConfig, methods: Sequence[str]) -> None:
+    """Raises KvcliError for what cannot be done to a part of the prompt that has not seen the question."""
+    if "agnostic" not in config.query:
+        return
+    given = f"--query {','.join(config.query)}"
+    if config.decode_ratios != ("off",) or config.decode_budgets or config.cap == "fixed":
+        what = "--query agnostic and compression while generating exclude each other: the question would be evicted too"
+        raise KvcliError(what, given=given, fix="--query aware, or without --decode-ratio, --decode-budget and --cap")
+    blind = {m: sorted(catalog.build(m).needs() & QUESTION) for m in methods}
+    for method, names in blind.items():
+        if names:
+            what = f"{method} reads {' and '.join(names)}, which no method knows before the question"
+            raise KvcliError(what, given=f"--method {method} {given}", fix="--query aware for this method")
 
 
 def _check_weights(config: SweepConfig, source: ModelSource) -> tuple[str, ...]:
@@ -287,29 +313,51 @@ def prepare(request: Request, limit: int | None, say: Callable[[str], None] = la
     cells = make_cells(config, request.tasks, facts)
     texts = {w.text: _calibration(w, request, tokenizer, model_config) for w in request.weights if w.pruning}
     context = getattr(model_config, "max_position_embeddings", None)
-    prompt_sets: dict[tuple[str, int], PromptSet] = {}
+    prompt_sets: dict[PromptKey, PromptSet] = {}
     warnings: list[str] = list(filter(None, [_without_decode_phase(config, config.methods)]))
+
+    def tokens(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def built(task: Task, sample: Sample) -> Prompt:
+        return build_prompt(
+            sample, tokenizer, template=config.template, chat_allowed=task.chat, system=config.system,
+            max_prompt_tokens=config.max_prompt_tokens, context_limit=context, truncate=config.truncate,
+            max_new_tokens=config.max_new_tokens or task.max_new_tokens, task=task.name,
+        )  # fmt: skip
+
     for task in request.tasks:
-        for shots in config.shots or (task.shots,):
-            say(f"reading {task.name}, {shots} shots")
-            samples = task.samples(shots=shots, shot_seed=config.shot_seed, limit=limit, data_dir=config.data_dir)
-            room = config.max_new_tokens or task.max_new_tokens
-            prompts = [
-                build_prompt(
-                    sample, tokenizer, template=config.template, chat_allowed=task.chat,
-                    max_prompt_tokens=config.max_prompt_tokens, context_limit=context, max_new_tokens=room,
-                    task=task.name,
-                )
-                for sample in samples
-            ]  # fmt: skip
-            warnings += filter(None, [_strange_words(task, prompts, tokenizer)])
-            prompt_sets[task.name, shots] = PromptSet(task, shots, samples, prompts)
+        for key in prompt_keys(config, task):
+            same = prompt_sets.get(key._replace(query="aware"))
+            if same is None:
+                say(f"reading {task.name}, {key.shots} shots")
+                samples = task.samples(
+                    shots=key.shots, shot_seed=key.shot_seed, shot_order=key.shot_order, limit=limit,
+                    data_dir=config.data_dir, tokens=tokens,
+                )  # fmt: skip
+                prompts = [built(task, sample) for sample in samples]
+                warnings += filter(None, [_strange_words(task, prompts, tokenizer), _cut(task, prompts)])
+                same = PromptSet(task, key._replace(query="aware"), samples, prompts)
+            prompt_sets[key] = same if key.query == "aware" else same.agnostic()
     return Prepared(request, model_config, tokenizer, dtype, device, identity, cells, prompt_sets, warnings, texts)
+
+
+def _cut(task: Task, prompts: Sequence[Prompt]) -> str:
+    """A warning where --truncate cut prompts; empty where it cut none."""
+    cut = [p.truncated for p in prompts if p.truncated]
+    if not cut:
+        return ""
+    return f"{task.name}: {len(cut)} of {len(prompts)} prompts truncated, by up to {max(cut):,} tokens"
 
 
 def cell_facts(identity: dict[str, Any], config: SweepConfig) -> dict[str, Any]:
     """What the keys of all cells of a folder have in common; pruned weights put theirs in place of the dense ones."""
-    return {**identity, "weights": "dense", "template": config.template}
+    given = {
+        "system": config.system,
+        "truncate": [config.truncate, config.max_prompt_tokens] if config.truncate else None,
+    }
+    own = {name: value for name, value in given.items() if value is not None}
+    return {**identity, "weights": "dense", "template": config.template, **own}
 
 
 def _calibration(weights: Weights, request: Request, tokenizer: Any, model_config: Any) -> list[list[int]]:

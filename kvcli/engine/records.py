@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from kvcli.cache.rows import STORED_BYTES, kept_counts, payload_bytes
 from kvcli.engine.fidelity import Distance
 from kvcli.engine.generate import Generated
 from kvcli.engine.plan import Cell
-from kvcli.engine.prepare import PromptSet
+from kvcli.engine.prompts import PromptSet
 from kvcli.engine.selecting import kept_share
-from kvcli.evals.spec import Sample
+from kvcli.evals.spec import Sample, Score
 from kvcli.methods.base import Method, Selection
 from kvcli.results.schema import FIELDS, SCHEMA
 
@@ -28,12 +29,17 @@ def _base(cell: Cell, prompts: PromptSet, sample: Sample, method: Method, batch:
     record.update(
         schema=SCHEMA, cell_id=cell.id, sample_id=sample.id, task=cell.task, ability=prompts.task.ability,
         method=cell.method, settings=method.settings(), ratio=None if cell.ratio is None else float(cell.ratio),
-        budget=cell.budget, first_token=cell.first_token, query="aware", shots=cell.shots, seed=cell.seed,
+        budget=cell.budget, first_token=cell.first_token, query=cell.query, shots=cell.shots,
+        shot_seed=cell.shot_seed, shot_order=cell.shot_order, seed=cell.seed,
         draw=cell.draw, decode=cell.decode, weights=cell.weights,
         match=None if cell.match is None else str(cell.match),
-        metric=prompts.task.metric, target=sample.target, cluster=sample.cluster or None, flags=[], batch_id=batch,
+        metric=prompts.task.metric, target=_target(sample), cluster=prompts.clusters[sample.id] or None, flags=[], batch_id=batch,
     )  # fmt: skip
     return record
+
+
+def _target(sample: Sample) -> Any:
+    return sample.options[sample.target].strip() if sample.options else sample.target
 
 
 def error_record(
@@ -50,14 +56,18 @@ def ok_record(
     output: Generated, full: list[int] | None, distance: Distance | None, dims: Sequence[tuple[int, int]], n: int,
     seconds: dict[str, Any], batch: str, payload: int | None = None, matched: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """A finished sample. full: output ids of `full` in the same first-token mode, for the first divergence. payload:
-    bytes of the prompt's kept pairs, where a transform stores them. matched: bytes they were to have."""
+    """A finished sample. full: output ids of `full` in the same first-token mode, for the first divergence. n: tokens
+    that were compressed, all of the prompt or those before its question. payload: bytes of the pairs kept of them,
+    where a transform stores them. matched: bytes they were to have."""
     record = _base(cell, prompts, sample, method, batch)
     kv_heads = dims[0][0]
-    counts = [count for layer in kept_counts(selection.kept, kv_heads) for count in layer]
-    dense = n * sum(heads * width for heads, width in dims) * STORED_BYTES
-    kept = payload_bytes(selection.kept, dims) if payload is None else payload
-    end = kept + max(0, len(output.ids) - 1) * (dense // n)
+    whole = len(prompt.ids)
+    pair = sum(heads * width for heads, width in dims) * STORED_BYTES
+    counts = [count + whole - n for layer in kept_counts(selection.kept, kv_heads) for count in layer]
+    dense = whole * pair
+    part = payload_bytes(selection.kept, dims) if payload is None else payload
+    kept = part + (whole - n) * pair
+    end = kept + max(0, len(output.ids) - 1) * pair
     flags = set(selection.flags)
     if output.left_out:
         flags.discard("noop")  # all of the prompt would have been read, but the answer made it longer
@@ -65,26 +75,40 @@ def ok_record(
         everything, end = end, output.payload
         if end < everything:
             flags.discard("noop")  # nothing of the prompt was evicted at first, but something was while generating
-    upto = [0.0, *kept_share(selection.kept, kv_heads, n).cumsum(0).tolist()]
+    share = [*kept_share(selection.kept, kv_heads, n).tolist(), *[1.0] * (whole - n)]
+    upto = [0.0, *accumulate(share)]
     by_region: dict[str, tuple[float, int]] = {}
     for region in prompt.regions:
         total, size = by_region.get(region.label, (0.0, 0))
         by_region[region.label] = (total + upto[region.end] - upto[region.start], size + len(region))
-    score = prompts.task.score(sample, output.text)
+    score = _score(prompts, sample, output)
     if not 0 <= score.value <= 1:
         raise ValueError(f"the scorer of {prompts.task.name} gave {score.value}, scores lie in 0..1")
     record.update(
         status="ok", score=round(score.value, SAVED_DIGITS), extracted=score.extracted, extra=score.extra,
-        output=output.text, output_ids=output.ids, finish=output.finish, n_prompt=n, n_new=len(output.ids),
+        output=output.text, output_ids=output.ids, finish=output.finish, n_prompt=whole, n_new=len(output.ids),
         measured_ratio=round(kept / dense, SAVED_DIGITS), kept=round(sum(counts) / len(counts), 3),
         flags=sorted(flags), notes=selection.notes,
         kv_bytes={"full": dense, "prefill": kept, "end": end, "read": _whole(output.read), "match": matched},
         alloc_bytes=output.alloc, repetition=repetition(output.ids),
         kept_by_region={k: round(t / s, 4) for k, (t, s) in by_region.items() if s},
+        options=[round(v, 8) for v in output.loglikelihoods] or None,
+        truncated=prompt.truncated,
+        context=_context(n, part / (n * pair)) if cell.query == "agnostic" else None,
         fidelity=_fidelity(output.ids, full, distance), prompt_sha=prompt.sha,
         seconds={k: v if isinstance(v, bool) else round(v, SAVED_DIGITS) for k, v in seconds.items()},
     )  # fmt: skip
     return record
+
+
+def _context(tokens: int, measured: float) -> dict[str, Any]:
+    return {"tokens": tokens, "measured_ratio": round(measured, SAVED_DIGITS)}
+
+
+def _score(prompts: PromptSet, sample: Sample, output: Generated) -> Score:
+    if output.loglikelihoods:
+        return prompts.task.choose(sample, output.loglikelihoods)
+    return prompts.task.score(sample, output.text)
 
 
 def _whole(number: float | None) -> int | None:

@@ -72,7 +72,8 @@ def open_session(request: Request, say: Callable[[str], None]) -> Session:
     prepared = prepare(request, None if None in limits else max(limits), say)
     identity = full_identity(prepared)
     if "identity" in old:
-        ensure_same(old["identity"], identity, folder)
+        grown = {k: v for k, v in old["identity"].items() if k not in OUTGROWN}
+        ensure_same(grown, identity, folder)
     wanted = prepared.cells
     grid = {name: value for name, value in request.config.to_dict().items() if name in GRID}
     if not any(_covers(g, wanted, request.config.limit) for g in generations):
@@ -94,6 +95,10 @@ def open_session(request: Request, say: Callable[[str], None]) -> Session:
     run = {**old, "identity": identity, "generations": generations,
            "batching": {**batching, "decode_rows": rows, "cache_bytes": room, "prefill_rows": own}}  # fmt: skip
     return Session(prepared, plan, wanted, run, rows, room, folder, done)
+
+
+OUTGROWN = ("shot_seed",)
+"""What folders of earlier versions count to their identity and is an axis of the grid by now."""
 
 
 def full_identity(prepared: Prepared) -> dict[str, Any]:
@@ -140,19 +145,20 @@ def _same_samples(prepared: Prepared, folder: Path) -> set[tuple[str, str]]:
     from kvcli.results.store import read_records
 
     now = {
-        (task, shots, sample.id): prompt.sha
-        for (task, shots), prompts in prepared.prompt_sets.items()
+        (*key[:4], sample.id): prompt.sha
+        for key, prompts in prepared.prompt_sets.items()
         for sample, prompt in zip(prompts.samples, prompts.prompts, strict=True)
     }
     cells = {cell.id for cell in prepared.cells}
     done = set()
-    for record in read_records(folder, ("task", "shots", "prompt_sha", "status")):
+    for record in read_records(folder, ("task", "shots", "shot_seed", "shot_order", "prompt_sha", "status")):
         if record["status"] == "ok":
             done.add((record["cell_id"], record["sample_id"]))
-        task, shots, sample, seen = (record[name] for name in ("task", "shots", "sample_id", "prompt_sha"))
-        if seen and record["cell_id"] in cells and now.get((task, shots, sample)) != seen:
+        task, sample, seen = record["task"], record["sample_id"], record["prompt_sha"]
+        key = (task, record["shots"], record.get("shot_seed") or 0, record.get("shot_order") or 0, sample)
+        if seen and record["cell_id"] in cells and now.get(key) != seen:
             what = f"{folder} holds results of other data for {task}"
-            given = f"sample {sample} is {'another' if (task, shots, sample) in now else 'no longer among the first'}"
+            given = f"sample {sample} is {'another' if key in now else 'no longer among the first'}"
             raise KvcliError(what, given=given, fix="--out with another folder, or the data it was made with")
     return done
 
@@ -169,7 +175,7 @@ def _longest(prepared: Prepared) -> int:
     """Tokens of the longest prompt with its answer."""
     longest = 1
     for prompts in prepared.prompt_sets.values():
-        room = prepared.request.config.max_new_tokens or prompts.task.max_new_tokens
+        room = prompts.new_tokens(prepared.request.config.max_new_tokens)
         longest = max([longest, *(len(p.ids) + room for p in prompts.prompts)])
     return longest
 
@@ -193,9 +199,10 @@ def parse_memory(text: str) -> int:
 def task_facts(prepared: Prepared, old: dict[str, Any]) -> dict[str, Any]:
     """What the analysis must know of each task, and the first prompt's hash per number of shots."""
     tasks = dict(old)
-    for (name, shots), prompts in prepared.prompt_sets.items():
-        task = prompts.task
-        data = {**tasks.get(name, {}).get("data", {}), str(shots): prompts.prompts[0].sha if prompts.prompts else ""}
+    for key, prompts in prepared.prompt_sets.items():
+        task, name = prompts.task, key.task
+        which = "-".join(map(str, key[1:4])).removesuffix("-0").removesuffix("-0")
+        data = {**tasks.get(name, {}).get("data", {}), which: prompts.prompts[0].sha if prompts.prompts else ""}
         tasks[name] = {
             "ability": task.ability, "metric": task.metric, "version": task.version, "chance": task.chance,
             "harmful": task.harmful, "reference": task.reference, "suites": list(task.suites),

@@ -25,6 +25,8 @@ FIELDS: dict[str, str] = {
     "decode": "compression while generating, {ratio | budget | cap, interval}; null = off",
     "weights": "the model's weights: dense | as --weights names them; records without it are of dense weights",
     "shots": "number of exemplars in the prompt",
+    "shot_seed": "which exemplars; records without it: 0",
+    "shot_order": "their order, 0 as they come; records without it: 0",
     "seed": "seed of random methods and sampling",
     "draw": "which of several sampled answers; 0 without --draws",
     "status": "ok | error",
@@ -35,10 +37,13 @@ FIELDS: dict[str, str] = {
     "output": "generated text",
     "output_ids": "generated token ids, an end token included",
     "extracted": "answer found in it; null = none",
+    "options": "log-likelihoods of the options it was chosen from, in nats; null = generated",
     "target": "the right answer",
     "cluster": "samples that belong together in the statistics; null = each its own",
-    "finish": "stop | eos | length",
+    "finish": "stop | eos | length | choice",
     "n_prompt": "prompt tokens n",
+    "truncated": "tokens cut from the prompt by --truncate",
+    "context": "{tokens, measured_ratio} of what stands before the question, with --query agnostic; else null",
     "n_new": "generated tokens",
     "notes": "what the method says of this sample, {name: value}",
     "flags": "list out of " + " ".join(FLAGS),
@@ -55,7 +60,7 @@ FIELDS: dict[str, str] = {
 
 KEY = ("cell_id", "sample_id")
 
-LATER = frozenset({"weights", "match"})
+LATER = frozenset({"weights", "match", "shot_seed", "shot_order", "options", "truncated", "context"})
 """Fields that records of the same schema may lack: they were written before the field was there."""
 
 

@@ -246,7 +246,8 @@ def test_a_broken_or_newer_run_json(kvcli, copy, damage: str):
 OTHERS = {
     "dtype": ("--dtype", "float64"),
     "template": ("--template", "raw"),
-    "shot_seed": ("--shot-seed", "1"),
+    "system": ("--system", "note"),
+    "truncate": ("--truncate", "left"),
     "max_new_tokens": ("--max-new-tokens", "5"),
     "ignore_eos": ("--ignore-eos",),
     "strict_window": ("--strict-window",),

@@ -120,7 +120,7 @@ def sweep(
     """One run with these options. more: further fields of the Runner."""
     sink = sink or tiny.Memory()
     plan = plan or tiny.plan_of(config, prompts, prefill_rows)
-    runner = Runner(model, plan, {("any", 3): prompts}, sink, options, **more)
+    runner = Runner(model, plan, {tiny.KEY: prompts}, sink, options, **more)
     return sink, runner.run()
 
 

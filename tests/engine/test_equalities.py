@@ -196,7 +196,9 @@ def test_shared_sweep_equals_separate_runs_any_batch_size_any_order(exact: Model
             assert all(tiny.same(r) == truth[key] for key, r in sink.by_key().items())
     order = list(range(5))
     random.Random(1).shuffle(order)
-    turned = tiny.PromptSet(prompts.task, 3, [prompts.samples[i] for i in order], [prompts.prompts[i] for i in order])
+    turned = tiny.PromptSet(
+        prompts.task, tiny.KEY, [prompts.samples[i] for i in order], [prompts.prompts[i] for i in order]
+    )
     sink, _ = tiny.run(exact, TIER1, turned)
     assert {key: tiny.same(r) for key, r in sink.by_key().items()} == truth
 
@@ -204,7 +206,7 @@ def test_shared_sweep_equals_separate_runs_any_batch_size_any_order(exact: Model
 def test_each_sample_gives_alone_what_it_gives_after_another(exact: Model) -> None:
     """No state is left over: the second of two samples equals a run that never saw the first."""
     both = tiny.prompt_set([40, 55])
-    second = tiny.PromptSet(both.task, 3, both.samples[1:], both.prompts[1:])
+    second = tiny.PromptSet(both.task, tiny.KEY, both.samples[1:], both.prompts[1:])
     together, _ = tiny.run(exact, TIER1, both, prefill_rows=1)
     alone, _ = tiny.run(exact, TIER1, second)
     truth = together.by_key()
@@ -358,7 +360,7 @@ def test_a_smaller_limit_measures_no_more_than_asked() -> None:
     model, prompts = tiny.tiny_llama(), tiny.prompt_set([30, 40, 50])
     plan = tiny.plan_of(SweepConfig(methods=("h2o",), ratios=("0.5",)), prompts)
     sink = tiny.Memory()
-    tiny.Runner(model, plan, {("any", 3): prompts}, sink, tiny.Options(64), limit=1).run()
+    tiny.Runner(model, plan, {tiny.KEY: prompts}, sink, tiny.Options(64), limit=1).run()
     assert {r["sample_id"] for r in sink.records} == {"s0"}
     assert len(sink.records) == 2
 
@@ -407,7 +409,9 @@ def test_no_neighbour_no_wave_and_no_order_reaches_a_generated_answer(exact: Mod
     bytes_alone, _ = asks.sweep(exact, GENERATING, prompts, dataclasses.replace(options, memory=60_000))
     assert_equal_records(bytes_alone, truth)
     order = [3, 0, 2, 1]
-    turned = tiny.PromptSet(prompts.task, 3, [prompts.samples[i] for i in order], [prompts.prompts[i] for i in order])
+    turned = tiny.PromptSet(
+        prompts.task, tiny.KEY, [prompts.samples[i] for i in order], [prompts.prompts[i] for i in order]
+    )
     found, _ = asks.sweep(exact, GENERATING, turned, options)
     assert_equal_records(found, truth)
 

@@ -81,7 +81,7 @@ def run(session: Session) -> None:
 def facts_of(model: Model, plan: Plan, prompts: tiny.PromptSet, done: Any = (), limit: int | None = None) -> Estimate:
     methods = {c.method: catalog.build(c.method) for c in plan.cells.values()}
     sizes = Sizes.of(model.hf.config)
-    sets = {("any", 3): prompts}
+    sets = {tiny.KEY: prompts}
     return estimate(plan, set(plan.cells), sets, sizes, 4, 16, None, set(done), limit, methods, 1 << 30)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvcli.config import SweepConfig
 from kvcli.engine.plan import Cell, Generation, make_cells, make_plan
-from tests.engine.tiny import TASK
+from tests.engine.tiny import KEY, TASK
 
 BASE = SweepConfig(methods=("snapkv", "random"), ratios=("0.2", "0.5"), seeds=(0, 1))
 
@@ -35,7 +35,7 @@ def test_the_id_changes_with_everything_that_changes_results() -> None:
     import dataclasses
 
     (cell,) = cells_of(SweepConfig(methods=("snapkv",), ratios=("0.2",), full=False))
-    changes = {"shot_seed": 1, "strict_window": True, "max_new_tokens": 3, "ignore_eos": True, "shots": (5,),
+    changes = {"shot_seeds": (1,), "strict_window": True, "max_new_tokens": 3, "ignore_eos": True, "shots": (5,),
                "first_token": ("prefill",), "ratios": ("0.3",), "methods": ("snapkv:window=8",)}  # fmt: skip
     for name, value in changes.items():
         other = dataclasses.replace(SweepConfig(methods=("snapkv",), ratios=("0.2",), full=False), **{name: value})
@@ -58,7 +58,7 @@ def test_every_row_is_planned_exactly_once_and_growth_moves_no_earlier_batch(
 ) -> None:
     cells = cells_of(BASE)
     generations = [Generation(tuple(c.id for c in cells[: 1 + upto]), limit) for upto, limit in growth]
-    available = {("any", 3): 25}
+    available = {KEY: 25}
     before: list[object] = []
     for count in range(1, len(generations) + 1):
         plan = make_plan(cells, generations[:count], available, prefill_rows)
@@ -153,7 +153,7 @@ def test_decode_batches_are_of_one_kind_and_waves_only_join_them(
     prefill_rows: int, decode_rows: int, waves: int
 ) -> None:
     cells = cells_of(dataclasses.replace(DECODING, first_token=("compressed", "prefill")))
-    plan = make_plan(cells, [Generation(tuple(c.id for c in cells), None)], {("any", 3): 11}, prefill_rows)
+    plan = make_plan(cells, [Generation(tuple(c.id for c in cells), None)], {KEY: 11}, prefill_rows)
     names: list[str] = []
     for batch in plan.batches:
         single = [d.rows for d in batch.decode_batches(decode_rows)]
@@ -188,7 +188,7 @@ def test_each_kind_of_weights_is_entered_once_however_the_grid_grew() -> None:
     first = [c.id for c in cells if c.weights == "sparsegpt:2:4" and c.method != "random"]
     more = [c.id for c in cells if c.weights != "sparsegpt:sparsity=0.5"]
     generations = [Generation(tuple(ids), limit) for ids, limit in ((first, 5), (more, 9), ([c.id for c in cells], 20))]
-    plan = make_plan(cells, generations, {("any", 3): 25}, 4)
+    plan = make_plan(cells, generations, {KEY: 25}, 4)
     order = [batch.weights for batch in plan.batches]
     assert list(dict.fromkeys(order)) == ["dense", "sparsegpt:2:4", "sparsegpt:sparsity=0.5"]
     assert sum(a != b for a, b in itertools.pairwise(order)) == 2
@@ -196,5 +196,5 @@ def test_each_kind_of_weights_is_entered_once_however_the_grid_grew() -> None:
     assert len({batch.id for batch in plan.batches}) == len(plan.batches)
     rows = [(c.id, i) for batch in plan.batches for c in batch.cells for i in range(batch.start, batch.end)]
     assert len(rows) == len(set(rows)) == len(cells) * 20
-    before = make_plan(cells, generations[:1], {("any", 3): 25}, 4).batches
+    before = make_plan(cells, generations[:1], {KEY: 25}, 4).batches
     assert all(batch in plan.batches for batch in before)

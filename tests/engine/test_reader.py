@@ -45,7 +45,7 @@ def test_a_row_that_evicts_only_while_generating_is_no_noop() -> None:
     config = SweepConfig(methods=("h2o",), budgets=(64,), decode_budgets=(4,), full=False)
     sink = tiny.Memory()
     options = Options(8, max_new_tokens=30, ignore_eos=True)
-    Runner(tiny.tiny_llama(), tiny.plan_of(config, prompts), {("any", 3): prompts}, sink, options).run()
+    Runner(tiny.tiny_llama(), tiny.plan_of(config, prompts), {tiny.KEY: prompts}, sink, options).run()
     (record,) = sink.records
     token = record["kv_bytes"]["full"] // 40
     assert record["kv_bytes"]["end"] == (40 + 4) * token
@@ -66,7 +66,7 @@ def test_a_time_limit_gets_past_samples_that_fail_every_time(tmp_path: Path) -> 
     for _ in range(8):
         sink = tiny.Memory(done=done)
         limit = lambda progressed: Exit.STOPPED_EARLY if progressed else None  # noqa: E731  (a limit that is over at once)
-        Runner(model, plan, {("any", 3): prompts}, sink, Options(8), stop=limit).run()
+        Runner(model, plan, {tiny.KEY: prompts}, sink, Options(8), stop=limit).run()
         done |= {(r["cell_id"], r["sample_id"]) for r in sink.records if r["status"] == "ok"}
     assert len(done) == 8
 

@@ -11,8 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcli.config import SweepConfig
-from kvcli.engine.plan import Generation, Plan, make_cells, make_plan
-from kvcli.engine.prepare import PromptSet
+from kvcli.engine.plan import Generation, Plan, PromptKey, make_cells, make_plan
+from kvcli.engine.prompts import PromptSet
 from kvcli.engine.runner import Options, Outcome, Runner
 from kvcli.evals.spec import Sample, Score, Task
 from kvcli.models.prompt import Prompt
@@ -46,6 +46,9 @@ class AnyTask(Task):
 TASK = AnyTask(name="any", version="1", ability="none", metric="length", shots=3, max_new_tokens=8)
 
 
+KEY = PromptKey("any", 3)
+
+
 def prompt(n: int, seed: int) -> Prompt:
     """n random tokens in the regions special, system, context, three shots and question."""
     rng = random.Random(f"tiny:{n}:{seed}")
@@ -58,7 +61,7 @@ def prompt(n: int, seed: int) -> Prompt:
 
 def prompt_set(lengths: Sequence[int]) -> PromptSet:
     samples = [Sample(f"s{i}", (Segment("x", "question"),), "") for i in range(len(lengths))]
-    return PromptSet(TASK, 3, samples, [prompt(n, i) for i, n in enumerate(lengths)])
+    return PromptSet(TASK, KEY, samples, [prompt(n, i) for i, n in enumerate(lengths)])
 
 
 @dataclass
@@ -88,7 +91,7 @@ class Memory:
 def plan_of(config: SweepConfig, prompts: PromptSet, prefill_rows: int = 4) -> Plan:
     cells = make_cells(config, [TASK], {"model": "tiny"})
     generation = Generation(tuple(c.id for c in cells), None)
-    return make_plan(cells, [generation], {("any", 3): len(prompts.samples)}, prefill_rows)
+    return make_plan(cells, [generation], {KEY: len(prompts.samples)}, prefill_rows)
 
 
 def run(
@@ -97,7 +100,7 @@ def run(
 ) -> tuple[Memory, Outcome]:  # fmt: skip
     sink = sink or Memory()
     plan = plan_of(config, prompts, prefill_rows)
-    runner = Runner(model, plan, {("any", 3): prompts}, sink, Options(decode_rows, keep_maps=99), wanted=wanted)
+    runner = Runner(model, plan, {KEY: prompts}, sink, Options(decode_rows, keep_maps=99), wanted=wanted)
     return sink, runner.run()
 
 

@@ -196,7 +196,7 @@ def test_bytes_behind_a_merge_are_those_of_what_was_merged() -> None:
     prompts = tiny.prompt_set([40, 64, 91])
     plan = tiny.plan_of(config, prompts)
     sink = tiny.Memory()
-    Runner(tiny.tiny_llama(), plan, {("any", 3): prompts}, sink, Options(64, max_new_tokens=1)).run()
+    Runner(tiny.tiny_llama(), plan, {tiny.KEY: prompts}, sink, Options(64, max_new_tokens=1)).run()
     mine = [r for r in sink.records if r["method"] != "full"]
     assert len(mine) == 3 and all(r["kv_bytes"]["prefill"] == r["kv_bytes"]["end"] for r in mine)
 
