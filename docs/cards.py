@@ -75,6 +75,10 @@ def card(name: str, evidence: dict[str, Any]) -> str:
     else:
         lines += ["None."]
     lines += ["", "## What differs from the source", "", differs or "Nothing that is known.", ""]
+    if catalog.find(name).open_points:
+        lines += ["## What the paper leaves open", "", "| open | decided here |", "| --- | --- |"]
+        lines += [f"| {asked} | {decided} |" for asked, decided in catalog.find(name).open_points]
+        lines += [""]
     lines += ["## Checked against", "", *_checks(name, mine), ""]
     lines += ["## Measured against asked for", "", *_measured(mine), ""]
     return "\n".join(lines)

@@ -30,6 +30,7 @@ class SweepConfig:
     kvpress_python: str | None = None
     template: str = "auto"
     system: str | None = None
+    thinking: bool = False
     truncate: str | None = None
 
     methods: tuple[str, ...] = ()
@@ -120,14 +121,14 @@ HOUSEKEEPING = (
 )
 """Settings that change no result."""
 
-LATER = ("system", "truncate")
+LATER = ("system", "thinking", "truncate")
 """Settings that folders of earlier versions lack: left out of their names where they are not set."""
 
 
 def folder_hash(config: SweepConfig) -> str:
     """8 hex digits over all that fixes a result folder: everything but the grid and housekeeping."""
     kept = {k: v for k, v in config.to_dict().items() if k not in GRID + HOUSEKEEPING}
-    kept = {k: v for k, v in kept.items() if k not in LATER or v is not None}
+    kept = {k: v for k, v in kept.items() if k not in LATER or v}
     return stable_hash(kept, 8)
 
 

@@ -1,7 +1,8 @@
-"""The grammar of --method and --ratio (docs/cli.md). Knows texts only: no registry, no torch.
+"""The grammar of --method, --task and --ratio (docs/cli.md). Knows texts only: no registry, no torch.
 
 METHODS := METHOD ("," METHOD)*      METHOD := PART ("+" PART)*      PART := SOURCE [":" SETTING ("," SETTING)*]
-A comma piece that begins with `KEY=` belongs to the part before it; any other piece begins a new method.
+TASKS := PART ("," PART)*
+A comma piece that begins with `KEY=` belongs to the part before it; any other piece begins a new method or task.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ _KEY = re.compile(r"\s*[A-Za-z_][\w.]*\s*=")
 _FILE = re.compile(r"(?P<source>(?:[.~]|/).*?\.py:[A-Za-z_]\w*)(?::(?P<rest>.*))?\Z", re.S)
 _KVPRESS = re.compile(r"(?P<source>kvpress:[A-Za-z_]\w*)(?::(?P<rest>.*))?\Z", re.S)
 _NAME = re.compile(r"(?P<source>[A-Za-z_][\w-]*)(?::(?P<rest>.*))?\Z", re.S)
+LM_EVAL = "lm_eval:"
+_TASK_FILE = re.compile(r"(?P<source>.+?\.ya?ml)(?::(?P<rest>.*))?\Z", re.S)
+_TASK_PATH = re.compile(r"(?P<source>[.~/].*)(?P<rest>\Z)", re.S)
+_TASK_LM_EVAL = re.compile(r"(?P<source>lm[_-]eval:[^:,=\s]+)(?::(?P<rest>.*))?\Z", re.S)
+_TASK_NAME = re.compile(r"(?P<source>[\w*?!\[\]-]+)(?::(?P<rest>.*))?\Z", re.S)
 _MOST_DIGITS = 12
 _PLAIN = re.compile(r"[^,+|'\"\s]+\Z")
 
@@ -51,12 +57,12 @@ def _quote(value: str) -> str:
 
 
 def _split(text: str, separator: str, given: str) -> list[str]:
-    """Splits at a separator outside quotes."""
+    """Splits at a separator outside quotes. A quote opens where a value begins: a path may hold an apostrophe."""
     pieces, start, quote = [], 0, ""
     for i, char in enumerate(text):
         if quote:
             quote = "" if char == quote else quote
-        elif char in "'\"":
+        elif char in "'\"" and text[:i].rstrip().endswith("="):
             quote = char
         elif char == separator:
             pieces.append(text[start:i])
@@ -92,11 +98,14 @@ def _part(text: str, given: str) -> Part:
         if ".py:" in text:
             hint = f"./{text}"
         raise KvcliError(f"'{text}' is not a method", given=given, fix=hint)
-    source, rest = match["source"], match["rest"]
-    if pattern is _NAME:
-        source = source.replace("-", "_")
+    source = match["source"]
+    return Part(source.replace("-", "_") if pattern is _NAME else source, _settings(source, match["rest"], given))
+
+
+def _settings(source: str, rest: str | None, given: str) -> tuple[tuple[str, str], ...]:
+    """The settings behind the colon; None: there is no colon."""
     if rest is None:
-        return Part(source)
+        return ()
     if not rest.strip():
         raise KvcliError(f"no setting after '{source}:'", given=given, fix=f"{source} or {source}:KEY=VALUE")
     settings = [_setting(piece, given) for piece in _split(rest, ",", given)]
@@ -104,7 +113,23 @@ def _part(text: str, given: str) -> Part:
     for key in keys:
         if keys.count(key) > 1:
             raise KvcliError(f"setting '{key}' is given twice", given=given, fix=f"keep one {key}=")
-    return Part(source, tuple(settings))
+    return tuple(settings)
+
+
+def _grouped(text: str, given: str, kind: str) -> list[str]:
+    """The texts of a comma list; a piece that begins with `KEY=` goes with the one before it."""
+    whole: list[str] = []
+    for piece in _split(text, ",", given):
+        if not piece.strip():
+            raise KvcliError(f"an empty {kind} name", given=given, fix="remove the extra comma")
+        if _KEY.match(piece) and whole:
+            whole[-1] += "," + piece
+        elif _KEY.match(piece):
+            fix = f"niah:{piece}" if kind == "task" else f"snapkv:{piece}"
+            raise KvcliError(f"setting '{piece}' has no {kind} before it", given=given, fix=fix)
+        else:
+            whole.append(piece)
+    return whole
 
 
 def parse_methods(texts: Iterable[str]) -> list[MethodText]:
@@ -115,21 +140,54 @@ def parse_methods(texts: Iterable[str]) -> list[MethodText]:
     methods: list[MethodText] = []
     for text in texts:
         given = f"--method {text}"
-        whole: list[str] = []
-        for piece in _split(text, ",", given):
-            if not piece.strip():
-                raise KvcliError("an empty method name", given=given, fix="remove the extra comma")
-            if _KEY.match(piece) and whole:
-                whole[-1] += "," + piece
-            elif _KEY.match(piece):
-                raise KvcliError(f"setting '{piece}' has no method before it", given=given, fix=f"snapkv:{piece}")
-            else:
-                whole.append(piece)
-        for method in whole:
+        for method in _grouped(text, given, "method"):
             parsed = MethodText(tuple(_part(part, given) for part in _split(method, "+", given)))
             if parsed not in methods:
                 methods.append(parsed)
     return methods
+
+
+def parse_tasks(texts: Iterable[str]) -> list[Part]:
+    """All tasks of one or more --task options, in order, duplicates dropped: NAME, SUITE, GLOB, PATH.yaml or
+    lm_eval:NAME, each with its settings as typed.
+
+    Raises KvcliError for text outside the grammar.
+    """
+    tasks: list[Part] = []
+    for text in texts:
+        given = f"--task {text}"
+        for piece in _grouped(text, given, "task"):
+            part = _task(piece.strip(), given)
+            if part not in tasks:
+                tasks.append(part)
+    return tasks
+
+
+def split_tasks(texts: Iterable[str]) -> list[str]:
+    """The same, each as one text again."""
+    return [str(part) for part in parse_tasks(texts)]
+
+
+def _task(text: str, given: str) -> Part:
+    for pattern in (_TASK_LM_EVAL, _TASK_FILE, _TASK_PATH, _TASK_NAME):
+        match = pattern.match(text)
+        if match:
+            break
+    else:
+        fix = "a name of kvcli list tasks, ./FILE.yaml or lm_eval:NAME"
+        raise KvcliError(f"'{text}' is not a task", given=given, fix=fix)
+    source = match["source"]
+    if pattern is _TASK_LM_EVAL:
+        source = LM_EVAL + source[len(LM_EVAL) :]  # of its names hyphens are not underscores
+    elif pattern is _TASK_NAME:
+        source = source.replace("-", "_") if "[" not in source else source
+    return Part(source, _settings(source, match["rest"] if pattern is not _TASK_PATH else None, given))
+
+
+def task_base(name: str) -> str:
+    """A task's name without the settings behind it: 'niah' of 'niah:depth=0.5', 'lm_eval:x' of 'lm_eval:x'."""
+    first, colon, rest = name.partition(":")
+    return f"{LM_EVAL}{rest.partition(':')[0]}" if first + colon == LM_EVAL else first
 
 
 def _decimal(text: str, option: str, given: str) -> Decimal:

@@ -1,4 +1,4 @@
-"""Texts of --method and --ratio: what they mean, that they survive a round trip, and how mistakes are named."""
+"""Texts of --method, --task and --ratio: what they mean, that they survive a round trip, and how mistakes are named."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcli.errors import Exit, KvcliError
-from kvcli.grammar import MethodText, Part, parse_methods, parse_ratios, ratio_text, round_half_up
+from kvcli.grammar import (
+    MethodText,
+    Part,
+    parse_methods,
+    parse_ratios,
+    parse_tasks,
+    ratio_text,
+    round_half_up,
+    split_tasks,
+    task_base,
+)
 
 names = st.from_regex(r"[a-z_][a-z0-9_]{0,12}", fullmatch=True)
 keys = st.from_regex(r"[a-z_]\w{0,6}(\.[a-z_]\w{0,6})?", fullmatch=True)
@@ -112,6 +122,81 @@ def test_mistakes_in_methods(text, what, fix):
     assert what in caught.value.what
     assert fix in caught.value.fix
     assert text in caught.value.given
+
+
+task_names = st.from_regex(r"[a-z_*?][a-z0-9_*?]{0,12}", fullmatch=True)
+task_files = st.from_regex(r"(\.{1,2}/|~/|/)([A-Za-z0-9_. -]{1,8}/)?[a-z]{1,8}\.ya?ml", fullmatch=True)
+task_parts = st.builds(Part, task_names | task_files | names.map("lm_eval:{}".format), settings)
+
+
+@given(st.lists(task_parts, min_size=1, max_size=4, unique=True))
+def test_a_list_of_tasks_survives_a_round_trip(several):
+    texts = [str(part) for part in several]
+    assert parse_tasks([",".join(texts)]) == parse_tasks(texts) == several
+    assert split_tasks([",".join(texts)]) == texts
+
+
+@given(st.text(alphabet="abk=:,*[]'\". ~/yml_-", max_size=25))
+def test_any_text_for_tasks_is_parsed_or_refused_clearly(text):
+    try:
+        parsed = parse_tasks([text])
+    except KvcliError as e:
+        assert e.code == Exit.USAGE and e.fix and e.given == f"--task {text}"
+    else:
+        assert parse_tasks(map(str, parsed)) == parsed
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("niah:length=8192,depth=0.5,lg_gsm8k:k=30", ["niah:length=8192,depth=0.5", "lg_gsm8k:k=30"]),
+        ("long-context,tb_*", ["long_context", "tb_*"]),
+        ("gsm[0-9]k", ["gsm[0-9]k"]),
+        ("./my-tasks/a.yaml:k=2,gsm8k", ["./my-tasks/a.yaml:k=2", "gsm8k"]),
+        ("/x/it's/a.yml", ["/x/it's/a.yml"]),
+        ("mine.yaml", ["mine.yaml"]),
+        ("./folder", ["./folder"]),
+        ("lm_eval:arc-challenge,gsm8k", ["lm_eval:arc-challenge", "gsm8k"]),
+        ("lm-eval:x:k=1", ["lm_eval:x:k=1"]),
+        ("niah:text='a, b'", ["niah:text='a, b'"]),
+        ("gsm8k, gsm8k ", ["gsm8k"]),
+    ],
+)
+def test_texts_of_tasks(text, expected):
+    assert split_tasks([text]) == expected
+
+
+@pytest.mark.parametrize(
+    "text, what, fix",
+    [
+        ("", "empty task name", "comma"),
+        ("gsm8k,,mmlu", "empty task name", "comma"),
+        ("k=30", "no task before", "niah:k=30"),
+        ("niah:", "no setting after", "niah:KEY=VALUE"),
+        ("niah:length", "not a setting", "KEY=VALUE"),
+        ("niah:k=1,k=2", "given twice", "k="),
+        ("niah:k='a", "quote is not closed", "'"),
+        ("lm_eval:", "no setting after", "lm_eval"),
+        ("gs@m", "not a task", "kvcli list tasks"),
+    ],
+)
+def test_mistakes_in_tasks(text, what, fix):
+    with pytest.raises(KvcliError) as caught:
+        parse_tasks([text])
+    assert what in caught.value.what and fix in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "name, base",
+    [
+        ("niah", "niah"),
+        ("niah:depth=0.5,length=9", "niah"),
+        ("lm_eval:arc", "lm_eval:arc"),
+        ("lm_eval:arc:k=1", "lm_eval:arc"),
+    ],
+)
+def test_the_base_of_a_task_s_name(name, base):
+    assert task_base(name) == base
 
 
 @pytest.mark.parametrize(

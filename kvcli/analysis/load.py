@@ -6,7 +6,7 @@ Texts (prompts, outputs) are not kept, and repeated texts are stored once, so a 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,11 @@ class Run:
     """[N] bit i = flag_names[i]."""
     torn: tuple[str, ...] = ()
     """Files whose last line was torn and so counts as not written."""
+    metrics: tuple[str, ...] = ()
+    metric: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    """[N] index into `metrics`, -1 = not recorded."""
+    extra: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    """Further figures of the scorers by name: [N], NaN where a record has none of that name."""
 
     def __len__(self) -> int:
         return len(self.score)
@@ -202,6 +207,10 @@ class _Columns:
         self.answered: list[bool] = []
         self.truncated: list[bool] = []
         self.flags: list[int] = []
+        self.metric_codes: dict[str, int] = {}
+        self.metric: list[int] = []
+        self.extra: dict[str, tuple[list[int], list[float]]] = {}
+        """Per name the rows that have it, and their figures."""
 
     def add(self, record: Any) -> None:
         """Raises KeyError, ValueError or TypeError for what is not a record, before anything is stored."""
@@ -215,11 +224,17 @@ class _Columns:
         value = np.nan if score is None else float(score)
         measured, n_prompt = _number(record.get("measured_ratio")), _number(record.get("n_prompt"))
         mask = self._mask(record.get("flags") or ())
+        extra = {str(name): float(value) for name, value in _mapping(record.get("extra")).items()}
         cell = self.cell_codes.get(cell_id)
         if cell is None:
             self.cells.append(_describe(cell_id, record, _mapping(self.described.get(cell_id))))
             cell = self.cell_codes[cell_id] = len(self.cell_codes)
-        cluster = record.get("cluster")
+        cluster, metric = record.get("cluster"), record.get("metric")
+        for name, figure in extra.items():
+            rows, figures = self.extra.setdefault(name, ([], []))
+            rows.append(len(self.score))
+            figures.append(figure)
+        self.metric.append(-1 if metric is None else _code(self.metric_codes, str(metric)))
         self.cell.append(cell)
         self.sample.append(_code(self.sample_codes, sample_id))
         self.cluster.append(-1 if cluster in (None, "") else _code(self.cluster_codes, str(cluster)))
@@ -260,7 +275,15 @@ class _Columns:
             np.array(self.score, np.float64)[keep], np.array(self.measured, np.float64)[keep],
             np.array(self.n_prompt, np.float64)[keep], np.array(self.answered, np.bool_)[keep],
             np.array(self.truncated, np.bool_)[keep], np.array(self.flags, np.int64)[keep], torn,
+            tuple(self.metric_codes), np.array(self.metric, np.int32)[keep],
+            {name: self._figures(name)[keep] for name in self.extra},
         )  # fmt: skip
+
+    def _figures(self, name: str) -> NDArray[np.float64]:
+        rows, figures = self.extra[name]
+        column = np.full(len(self.score), np.nan)
+        column[rows] = figures
+        return column
 
 
 def _code(codes: dict[str, int], text: str) -> int:

@@ -312,17 +312,18 @@ def table_lines(table: TaskTable) -> list[str]:
     """One task as a Markdown table: a row per method and ratio, full first."""
     lines = [f"{_task_facts(table)}; {wording.mode(table)}.", ""]
     lines += [f"> {_plain(text)}\n" for text in (*(f"warning: {w}" for w in table.warnings), *table.notes)]
+    cells = ([table.full] if table.full else []) + table.cells()
+    more = any(cell.extra for cell in cells)
     lines += [
         "| method | asked | measured | n | score [95 %] | points to full [95 %] | relative | p | better / worse "
-        "| no answer | cut | flags |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| no answer | cut | " + "also | " * more + "flags |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | " + "--- | " * more + "--- |",
     ]
-    cells = ([table.full] if table.full else []) + table.cells()
-    lines += [_row(cell, table.full) for cell in cells]
+    lines += [_row(cell, table.full, more) for cell in cells]
     return [*lines, "", *_intervals_used(table)]
 
 
-def _row(cell: CellSummary, full: CellSummary | None) -> str:
+def _row(cell: CellSummary, full: CellSummary | None, more: bool) -> str:
     change = cell.difference
     marks = [wording.flag_counts(cell), f"{cell.errors} failed" if cell.errors else ""]
     fields = [
@@ -331,7 +332,7 @@ def _row(cell: CellSummary, full: CellSummary | None) -> str:
         f"{wording.score(cell.score)} {wording.score_interval(cell.interval)}", _difference(cell),
         wording.relative(cell.relative) if change else "", wording.p_value(change.p) if change else "",
         f"{change.better} / {change.worse}" if change else "", wording.share(cell.no_answer),
-        wording.share(cell.truncated), ", ".join(filter(None, marks)),
+        wording.share(cell.truncated), *[_plain(wording.figures(cell))] * more, ", ".join(filter(None, marks)),
     ]  # fmt: skip
     return "| " + " | ".join(fields) + " |"
 
@@ -369,7 +370,8 @@ def _legend(tables: Sequence[TaskTable]) -> list[str]:
     lines = [
         "Columns: *asked* kept ratio or budget; *measured* bytes kept over the 16-bit full cache; *relative* "
         "(P - P_full) / P_full; *p* two-sided, not adjusted; *better / worse* samples that changed; *no answer* share "
-        "of outputs without an extractable answer; *cut* share stopped by the token limit. **Bold**: established: "
+        "of outputs without an extractable answer (of requests: incoherent or empty ones); *cut* share stopped by the "
+        "token limit; *also* means of what the scorer gives beside the score. **Bold**: established: "
         f"{stats.ESTABLISHED}.",
     ]
     if any(column.kind == "match" for table in tables for column in table.columns):

@@ -14,7 +14,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcli.analysis import names, stats
+from kvcli.analysis import names, pass_at_k, stats
 from kvcli.analysis.load import Cell, Run
 from kvcli.analysis.stats import Difference, Interval
 
@@ -73,6 +73,8 @@ class CellSummary:
     """Flag -> number of records that carry it; only flags that occur."""
     no_answer: float
     truncated: float
+    extra: dict[str, float]
+    """Further figures of the scorer: the mean over the records that have one of that name."""
 
     @property
     def over_budget(self) -> bool:
@@ -246,8 +248,10 @@ def _table(
     facts = run.task_facts(task)
     every = np.concatenate([s.rows for s in scores.values()])
     version, chance = facts.get("version"), facts.get("chance")
+    metrics = [run.metrics[code] for code in np.unique(run.metric[every]) if code >= 0]
     table = TaskTable(
-        task=task, ability=facts.get("ability") or first.ability, metric=facts.get("metric") or first.metric,
+        task=task, ability=facts.get("ability") or first.ability,
+        metric=metrics[0] if len(metrics) == 1 else facts.get("metric") or first.metric,
         version=None if version is None else str(version), chance=None if chance is None else float(chance),
         first_token=first_token, query=query, shots=shots, n_prompt=_median(run.n_prompt[every]),
         clusters=_cluster_count(run, every), full=_cell(run, FULL, *_FULL, full, None) if full else None,
@@ -257,7 +261,7 @@ def _table(
     replaced = sum(s.replaced for s in scores.values())
     return replace(
         table,
-        warnings=tuple(sanity(table) + [_replaced_warning(replaced)] * (replaced > 0)),
+        warnings=tuple(sanity(table) + _mixed_metrics(metrics) + [_replaced_warning(replaced)] * (replaced > 0)),
         notes=tuple([_borrowed_note(borrowed)] * bool(borrowed) + _beside_dense(table) + _off_match(table)),
     )
 
@@ -291,6 +295,12 @@ def _off_match(table: TaskTable) -> list[str]:
             found.append(f"not within {100 * OFF_MATCH:.0f} % of the bytes of {column.text.removeprefix(MATCH)}: "
                          f"{', '.join(off)}")  # fmt: skip
     return found
+
+
+def _mixed_metrics(metrics: Sequence[str]) -> list[str]:
+    if len(metrics) < 2:
+        return []
+    return [f"scores of {' and '.join(sorted(metrics))} stand side by side: kvcli rescore gives all of them one metric"]
 
 
 def _replaced_warning(count: int) -> str:
@@ -342,7 +352,17 @@ def _cell(run: Run, method: str, label: str, column: Column, scores: _Scores, fu
         interval=stats.score_interval(values, clusters) if len(values) else None,
         difference=difference, relative=relative, measured_ratio=_mean(run.measured_ratio[done]), records=records,
         flags=_flag_counts(run, done), no_answer=_share(~run.answered[done]), truncated=_share(run.truncated[done]),
+        extra={name: mean for name, column in run.extra.items() if (mean := _mean(column[done])) is not None}
+        | _pass_at_k(run, scores),
     )  # fmt: skip
+
+
+def _pass_at_k(run: Run, scores: _Scores) -> dict[str, float]:
+    """pass@k where several answers to each problem were drawn."""
+    drawn = len({run.cells[c].draw for c in scores.cells}) > 1
+    if not drawn or run.cells[scores.cells[0]].metric != pass_at_k.METRIC:
+        return {}
+    return pass_at_k.figures(run.score[scores.rows], run.sample[scores.rows])
 
 
 def _against(scores: _Scores, full: _Scores) -> tuple[Difference | None, float | None]:

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 from kvcli.analysis import stats
 from kvcli.analysis.stats import Interval
-from kvcli.analysis.tables import DENSE, MATCH, NO_ANSWER_LIMIT, OWN, CellSummary, TaskTable
+from kvcli.analysis.tables import DENSE, MATCH, OWN, CellSummary, TaskTable
 
 MARKS = {"noop": "n", "over_budget": "o", "fallback": "f", "unreachable": "u", "simulated": "s"}
-ESTABLISHED, NO_ANSWER, INCOMPLETE = "*", "?", "i"
+ESTABLISHED, INCOMPLETE = "*", "i"
 MEANING = {
     ESTABLISHED: f"established: {stats.ESTABLISHED}; not adjusted for the number of comparisons",
     "n": "noop: some prompts were too short to compress; nothing was evicted from them",
@@ -18,10 +18,15 @@ MEANING = {
     "f": "fallback: the method could not do what its name says at this size",
     "u": "unreachable: this ratio, or the bytes to match, are outside the method's range",
     "s": "simulated: the memory was not really freed",
-    NO_ANSWER: f"no answer found in more than {100 * NO_ANSWER_LIMIT:.0f} % of the outputs",
     INCOMPLETE: "fewer finished samples than full: failed or not run yet",
 }
 """Mark after a difference -> what it means, in the order of the legend."""
+SHARES = {"?": "no_answer", ">": "truncated"}
+"""Mark before a share of outputs in per cent -> the field of a cell it is of."""
+SHARE_MEANING = {
+    "?": "so many per cent of the outputs hold no answer (to requests: are incoherent or empty)",
+    ">": "so many per cent of the outputs were cut at the token limit",
+}
 
 
 def score(value: float) -> str:
@@ -72,8 +77,28 @@ def marks(cell: CellSummary, full: CellSummary | None) -> str:
     """All marks of one cell, e.g. '*o'."""
     found = ESTABLISHED if cell.verdict in ("loss", "gain") else ""
     found += "".join(mark for flag, mark in MARKS.items() if cell.flags.get(flag))
-    found += NO_ANSWER if cell.no_answer > NO_ANSWER_LIMIT else ""
     return found + (INCOMPLETE if full and cell.n < full.n else "")
+
+
+ALIKE = 0.02
+"""A share this near to that of full is not repeated beside every score."""
+
+
+def shares(cell: CellSummary, full: CellSummary | None = None) -> dict[str, str]:
+    """Shares above zero that a score is to be read with, by their mark: {'?': '?12'}. full: only those unlike its."""
+    known = full if full is not None and full.n else None
+    found = {}
+    for mark, name in SHARES.items():
+        share = getattr(cell, name)
+        shown = share > 0 if known is None else abs(share - getattr(known, name)) > ALIKE
+        if shown:
+            found[mark] = f"{mark}{round(100 * share) or int(share > 0)}"
+    return found
+
+
+def figures(cell: CellSummary) -> str:
+    """'over_refusal 0.12, unsafe_answered 0.03': what the scorer gave beside the score."""
+    return ", ".join(f"{name} {score(value)}" for name, value in cell.extra.items())
 
 
 def legend(found: Iterable[str]) -> list[tuple[str, str]]:

@@ -15,19 +15,28 @@ Row = dict[str, Any]
 
 def command(
     kind: Annotated[
-        str | None, typer.Argument(help="methods, tasks, models or runs; without it: how many.", show_default=False)
+        str | None,
+        typer.Argument(help="methods, tasks, models, presets or runs; without it: how many.", show_default=False),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="One task or preset, to see all of it.", show_default=False)
     ] = None,
     folder: Annotated[Path, typer.Option("--folder", help="Where `list runs` looks.")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """List methods, tasks, models or result folders.
+    """List methods, tasks, models, presets or result folders.
 
     Examples:
       kvcli list methods
+      kvcli list tasks gsm8k
       kvcli list tasks --json
+      kvcli list presets kvfundabench_table7
       kvcli list runs
     """
-    kinds = {"methods": methods, "tasks": tasks, "models": models, "runs": lambda: runs(folder)}
+    kinds = {"methods": methods, "tasks": tasks, "models": models, "presets": presets, "runs": lambda: runs(folder)}
+    if kind is not None and name is not None:
+        _one(kind, name, as_json)
+        return
     if kind is None:
         counts = {name: len(rows()) for name, rows in kinds.items()}
         output.json_result(counts) if as_json else _print_counts(counts)
@@ -50,17 +59,37 @@ def methods() -> list[Row]:
 
 
 def tasks() -> list[Row]:
-    from kvcli.evals import loader
+    from kvcli.cli import task_lists
 
-    loaded = [loader.load_task(name) for name in loader.task_names()]
-    return [
-        {
-            "name": t.name, "version": t.version, "ability": t.ability, "metric": t.metric, "shots": t.shots,
-            "max_new_tokens": t.max_new_tokens, "chance": t.chance, "harmful": t.harmful, "suites": list(t.suites),
-            "source": t.source,
-        }
-        for t in loaded
-    ]  # fmt: skip
+    return task_lists.rows()
+
+
+def presets() -> list[Row]:
+    from kvcli.cli import presets as shipped
+
+    return shipped.rows()
+
+
+def _one(kind: str, name: str, as_json: bool) -> None:
+    """`kvcli list tasks NAME`, `kvcli list presets NAME`. Raises KvcliError for other kinds and unknown names."""
+    if kind == "tasks":
+        from kvcli.cli import task_lists
+
+        found = task_lists.rows(name)
+        if as_json:
+            output.json_result(found)
+        elif len(found) == 1:
+            task_lists.print_one(found[0])
+        else:
+            task_lists.print_rows(found)
+    elif kind == "presets":
+        from kvcli.cli import presets as shipped
+
+        row = shipped.whole(name)
+        output.json_result(row) if as_json else shipped.print_one(row)
+    else:
+        fix = "kvcli list tasks NAME or kvcli list presets NAME"
+        raise KvcliError(f"kvcli list {kind} takes no name", given=f"kvcli list {kind} {name}", fix=fix)
 
 
 def models() -> list[Row]:
@@ -120,11 +149,15 @@ def _settings(card: Row) -> str:
 
 
 def _print_tasks(rows: list[Row]) -> None:
-    listed = [(r["name"], r["ability"], r["metric"], r["shots"], r["chance"], " ".join(r["suites"])) for r in rows]
-    output.result(output.table(("task", "ability", "metric", "shots", "chance", "suites"), listed))
-    output.note("a suite or a pattern names several: --task testbed, --task 'tb_*'   your own: ./mine.yaml")
-    if rows:
-        output.next_command("kvcli sweep --model testbed --method tier1 --ratio 0.3 --task tb_recall")
+    from kvcli.cli import task_lists
+
+    task_lists.print_rows(rows)
+
+
+def _print_presets(rows: list[Row]) -> None:
+    from kvcli.cli import presets as shipped
+
+    shipped.print_rows(rows)
 
 
 def _print_models(rows: list[Row]) -> None:
@@ -147,4 +180,7 @@ def _print_runs(rows: list[Row]) -> None:
     output.next_command(f"kvcli report {rows[0]['folder']}")
 
 
-_PRINT = {"methods": _print_methods, "tasks": _print_tasks, "models": _print_models, "runs": _print_runs}
+_PRINT = {
+    "methods": _print_methods, "tasks": _print_tasks, "models": _print_models, "presets": _print_presets,
+    "runs": _print_runs,
+}  # fmt: skip

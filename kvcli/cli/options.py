@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from kvcli.cli import output, presets
 from kvcli.config import SweepConfig, read_yaml
-from kvcli.errors import KvcliError, unknown
+from kvcli.errors import KvcliError
 from kvcli.grammar import split_tasks
 
 ENVIRONMENT = "KVCLI_"
@@ -68,6 +69,10 @@ Template = Annotated[
 System = Annotated[
     str | None,
     _option("--system", help="A system text in front of every prompt; @FILE reads it.", panel=_MODEL, metavar="TEXT"),
+]
+Thinking = Annotated[
+    bool | None,
+    _option("--thinking/--no-thinking", help="For templates that ask: the model may think first.", panel=_MODEL),
 ]
 Methods = Annotated[
     list[str] | None,
@@ -208,7 +213,10 @@ MaxNewTokens = Annotated[
 MaxPromptTokens = Annotated[
     int | None,
     _option(
-        "--max-prompt-tokens", help="Refuse longer prompts, or cut them with --truncate.", panel=_RUNNING, metavar="N"
+        "--max-prompt-tokens",
+        help="Leave longer prompts out, or cut them with --truncate.",
+        panel=_RUNNING,
+        metavar="N",
     ),
 ]
 Truncate = Annotated[
@@ -401,10 +409,10 @@ def _from_text(annotation: str, name: str, value: str) -> Any:
 
 
 def _preset(name: str | None) -> dict[str, Any]:
+    """A preset's settings; its note, what its results cannot be, is said before they are used."""
     if name is None:
         return {}
-    folder = Path(__file__).parents[1] / "presets"
-    known = {path.stem: path for path in folder.glob("*.yaml")}
-    if name not in known:
-        raise unknown("preset", name, known, given=f"--preset {name}", listing="docs/cli.md")
-    return read_yaml(known[name])
+    values, note = presets.read(name)
+    if note:
+        output.note(note)
+    return values

@@ -30,7 +30,7 @@ def command(
     top_p: o.TopP = None, draws: o.Draws = None, limit: o.Limit = None, model: o.Model = None,
     tokenizer: o.Tokenizer = None,
     dtype: o.Dtype = None, device: o.Device = None, attn: o.Attn = None, template: o.Template = None,
-    system: o.System = None,
+    system: o.System = None, thinking: o.Thinking = None,
     trust_remote_code: o.TrustRemoteCode = None,
     kvpress_python: o.KvpressPython = None, max_new_tokens: o.MaxNewTokens = None,
     max_prompt_tokens: o.MaxPromptTokens = None, truncate: o.Truncate = None,

@@ -45,12 +45,14 @@ def one_cell(config: SweepConfig) -> SweepConfig:
 
 def perform(config: SweepConfig, passed: dict[str, Any], *, dry_run: bool, json: bool) -> int:
     """Returns the exit code. Raises KvcliError for everything the user can mend."""
+    from kvcli import sandbox
     from kvcli.engine.prepare import check
     from kvcli.engine.stop import StopRequest
 
     stop = StopRequest(config.max_time, say=output.note)
     with nullcontext() if dry_run else stop:  # a dry run has nothing to save: signals end it as they end any program
         quiet_libraries()
+        sandbox.configure(unsafe=config.unsafe_exec, warn=output.warn)
         request = check(config)
         _threads(config)
         output.note(f"results: {request.out}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvcli.analysis import wording
@@ -84,7 +84,8 @@ def _title(table: TaskTable) -> Text:
 def _full_text(table: TaskTable) -> str:
     if table.full is None or not table.full.n:
         return ""
-    return f"full {wording.score(table.full.score)} {wording.score_interval(table.full.interval)}"
+    parts = [f"full {wording.score(table.full.score)} {wording.score_interval(table.full.interval)}"]
+    return " ".join(parts + list(wording.shares(table.full).values()))
 
 
 def _blocks(table: TaskTable, width: int) -> Iterator[Table]:
@@ -138,7 +139,8 @@ class _Drawn:
 
 
 def _draw(table: TaskTable, column: Column, stacked: bool) -> _Drawn:
-    """Score, difference to full in points with its marks, measured ratio where it is not what was asked for."""
+    """Score, difference to full in points with its marks, measured ratio where it is not what was asked for, shares of
+    outputs without an answer and of cut ones where there are any."""
     from rich.text import Text
 
     cells = {row.method: row.cells[column.text] for row in table.rows if column.text in row.cells}
@@ -146,18 +148,34 @@ def _draw(table: TaskTable, column: Column, stacked: bool) -> _Drawn:
     change = {name: wording.points(c.difference.value) if c.difference else "" for name, c in cells.items()}
     ratio = {n: f"@{wording.measured(c.measured_ratio)}" if wording.off_target(c) else "" for n, c in cells.items()}
     mark_width = max(map(len, marks.values()), default=0)
+    ratio_width = max(map(len, ratio.values()), default=0)
     wide = max([4, *map(len, change.values()), *(len(r) for r in ratio.values() if stacked)])
+    shares = _shares(cells, table.full)
     drawn = {}
     for name, cell in cells.items():
         changed = change[name].rjust(wide) + marks[name].ljust(mark_width)
         score = wording.score(cell.score).rjust(wide if stacked else 4)
-        at = ratio[name].rjust(wide) if stacked else ratio[name]
-        parts = [(score, ""), (changed, STYLES[cell.verdict]), (at, "dim")]
-        lines = [Text(text, style=style) for text, style in parts if text.strip()]
+        at = ratio[name].rjust(wide) if stacked else ratio[name].ljust(ratio_width) if shares[name] else ratio[name]
+        behind = shares[name].strip().rjust(wide) if stacked else shares[name]
+        parts = [(score, ""), (changed, STYLES[cell.verdict]), (at, "dim"), (behind, "dim")]
+        lines = [
+            Text(text, style=style) for text, style in parts if text if text.strip() or (shares[name] and not stacked)
+        ]
         drawn[name] = Text("\n" if stacked else " ").join(lines)
     number = wide if stacked else 5 + wide
     width = max([len(line) for text in drawn.values() for line in text.plain.split("\n")] + [len(column.text)])
     return _Drawn(column.text.rjust(number), drawn, max(width, number))
+
+
+def _shares(cells: Mapping[str, CellSummary], full: CellSummary | None) -> dict[str, str]:
+    """Per method its shares that are unlike full's, each kind in a column of its own; empty where there are none."""
+    found = {name: wording.shares(cell, full) for name, cell in cells.items()}
+    widths = {mark: max((len(shares.get(mark, "")) for shares in found.values()), default=0) for mark in wording.SHARES}
+    columns = [mark for mark, width in widths.items() if width]
+    return {
+        name: " ".join(shares.get(mark, "").ljust(widths[mark]) for mark in columns).rstrip()
+        for name, shares in found.items()
+    }
 
 
 def _legend(tables: Sequence[TaskTable]) -> Iterator[RenderableType]:
@@ -175,6 +193,11 @@ def _legend(tables: Sequence[TaskTable]) -> Iterator[RenderableType]:
     elif all(cell.measured_ratio is not None for cell, _ in cells):
         lines.append(("", "measured ratios are within 0.01 of what was asked for"))
     lines += wording.legend(wording.marks(cell, table.full) for cell, table in cells)
+    found = {mark for cell, table in cells for mark in wording.shares(cell, table.full)}
+    found |= {mark for table in tables if table.full for mark in wording.shares(table.full)}
+    lines += [(mark, meaning) for mark, meaning in wording.SHARE_MEANING.items() if mark in found]
+    if found and any(table.full and table.full.n for table in tables):
+        lines.append(("", f"where no such share stands it is within {100 * wording.ALIKE:.0f} points of full's"))
     seeds = sorted({cell.seeds for cell, _ in cells if cell.seeds > 1})
     if seeds:
         lines.append(("", f"scores are means of {' or '.join(map(str, seeds))} seeds or draws within each sample"))

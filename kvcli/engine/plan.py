@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from kvcli.config import SweepConfig, stable_hash
 from kvcli.errors import KvcliError
-from kvcli.evals.loader import task_names
+from kvcli.evals.loader import own_digest
 from kvcli.evals.spec import Task
 from kvcli.grammar import MethodText, parse_methods
 from kvcli.methods import catalog
@@ -213,7 +213,7 @@ def make_cells(config: SweepConfig, tasks: Iterable[Task], facts: dict[str, Any]
 
 def prompt_keys(config: SweepConfig, task: Task) -> list[PromptKey]:
     """The prompt sets of one task."""
-    axes = (config.shots or (task.shots,), config.shot_seeds, config.shot_orders, config.query)
+    axes = (config.shots or (task.usual_shots,), config.shot_seeds, config.shot_orders, config.query)
     return [PromptKey(task.name, *values) for values in product(*axes)]
 
 
@@ -222,11 +222,6 @@ def _first_tokens(config: SweepConfig, method: Method, prompts: PromptKey) -> tu
     if prompts.query == "agnostic":
         return ("compressed",)
     return config.first_token if method.kind != "in-prefill" else ("n/a",)
-
-
-def own_digest(task: Task) -> str | None:
-    """Hash of a user's own task files, so that an edited task is a new cell; shipped tasks have versions."""
-    return None if task.name in task_names() else task.digest
 
 
 Size = tuple[str | None, int | None, Anchor | None]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvcli import sandbox
 from kvcli.config import SweepConfig, folder_hash
 from kvcli.engine.needs import QUESTION, strange
 from kvcli.engine.plan import (
@@ -22,10 +23,10 @@ from kvcli.engine.plan import (
     make_plan,
     prompt_keys,
 )  # fmt: skip
-from kvcli.engine.prompts import PromptSet
+from kvcli.engine.prompts import PromptMaker, PromptSet, said_of
 from kvcli.errors import KvcliError
-from kvcli.evals.loader import find_tasks, task_names
-from kvcli.evals.spec import Sample, Task
+from kvcli.evals.loader import find_tasks, text_of
+from kvcli.evals.spec import Task
 from kvcli.grammar import parse_ratios, ratio_text
 from kvcli.kvpress import client as kvpress
 from kvcli.methods import catalog
@@ -112,10 +113,11 @@ def check(config: SweepConfig) -> Request:
     decode_ratios = _check_decoding(config, methods)
     _check_sampling(config)
     tasks = tuple(find_tasks(config.tasks or ((source.suite or "gsm8k"),)))
+    sandbox.configure(unsafe=config.unsafe_exec)
     for task in tasks:
         task.check()
     config = dataclasses.replace(
-        config, methods=tuple(methods), ratios=ratios, tasks=tuple(map(task_text, tasks)),
+        config, methods=tuple(methods), ratios=ratios, tasks=tuple(map(text_of, tasks)),
         seeds=tuple(dict.fromkeys(config.seeds)), shots=tuple(dict.fromkeys(config.shots)),
         shot_seeds=tuple(dict.fromkeys(config.shot_seeds)), shot_orders=tuple(dict.fromkeys(config.shot_orders)),
         query=tuple(dict.fromkeys(config.query)),
@@ -254,11 +256,6 @@ def _strange_words(task: Task, prompts: Sequence[Prompt], tokenizer: Any) -> str
     return f"{share:.0%} of the prompt tokens of {task.name} are unknown to the tokenizer: its scores will mean nothing"
 
 
-def task_text(task: Task) -> str:
-    """What finds the task again: its name, or the path of a user's own file."""
-    return task.name if task.name in task_names() else task.source
-
-
 def check_model_options(dtype: str, template: str, attn: str, threads: int | None) -> None:
     """How a model runs and reads. Raises KvcliError for what is not known."""
     one_of("--dtype", dtype, loader.DTYPES)
@@ -294,8 +291,6 @@ def prepare(request: Request, limit: int | None, say: Callable[[str], None] = la
 
     Raises KvcliError for data that cannot be read and for a prompt that does not fit the model.
     """
-    from kvcli.models.prompt import build_prompt
-
     config = request.config
     model_config = loader.load_config(request.source, trust_remote_code=config.trust_remote_code)
     tokenizer = loader.load_tokenizer(request.source, config.tokenizer, trust_remote_code=config.trust_remote_code)
@@ -316,44 +311,24 @@ def prepare(request: Request, limit: int | None, say: Callable[[str], None] = la
     prompt_sets: dict[PromptKey, PromptSet] = {}
     warnings: list[str] = list(filter(None, [_without_decode_phase(config, config.methods)]))
 
-    def tokens(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def built(task: Task, sample: Sample) -> Prompt:
-        return build_prompt(
-            sample, tokenizer, template=config.template, chat_allowed=task.chat, system=config.system,
-            max_prompt_tokens=config.max_prompt_tokens, context_limit=context, truncate=config.truncate,
-            max_new_tokens=config.max_new_tokens or task.max_new_tokens, task=task.name,
-        )  # fmt: skip
-
+    maker = PromptMaker(config, tokenizer, context)
     for task in request.tasks:
         for key in prompt_keys(config, task):
             same = prompt_sets.get(key._replace(query="aware"))
             if same is None:
                 say(f"reading {task.name}, {key.shots} shots")
-                samples = task.samples(
-                    shots=key.shots, shot_seed=key.shot_seed, shot_order=key.shot_order, limit=limit,
-                    data_dir=config.data_dir, tokens=tokens,
-                )  # fmt: skip
-                prompts = [built(task, sample) for sample in samples]
-                warnings += filter(None, [_strange_words(task, prompts, tokenizer), _cut(task, prompts)])
-                same = PromptSet(task, key._replace(query="aware"), samples, prompts)
+                same = maker.prompts(task, key, limit)
+                warnings += filter(None, [_strange_words(task, same.prompts, tokenizer), *said_of(same)])
             prompt_sets[key] = same if key.query == "aware" else same.agnostic()
+    maker.check()
     return Prepared(request, model_config, tokenizer, dtype, device, identity, cells, prompt_sets, warnings, texts)
-
-
-def _cut(task: Task, prompts: Sequence[Prompt]) -> str:
-    """A warning where --truncate cut prompts; empty where it cut none."""
-    cut = [p.truncated for p in prompts if p.truncated]
-    if not cut:
-        return ""
-    return f"{task.name}: {len(cut)} of {len(prompts)} prompts truncated, by up to {max(cut):,} tokens"
 
 
 def cell_facts(identity: dict[str, Any], config: SweepConfig) -> dict[str, Any]:
     """What the keys of all cells of a folder have in common; pruned weights put theirs in place of the dense ones."""
     given = {
         "system": config.system,
+        "thinking": config.thinking or None,
         "truncate": [config.truncate, config.max_prompt_tokens] if config.truncate else None,
     }
     own = {name: value for name, value in given.items() if value is not None}

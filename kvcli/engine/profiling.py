@@ -119,7 +119,7 @@ def probes_of(
     task: Task, model: Model, limit: int, *, seed: int = SEED, template: str = "auto", data_dir: str | None = None
 ) -> tuple[list[Probe], int]:
     """The samples whose answer stands exactly once in the prompt, outside of the question; and how many were read."""
-    samples = task.samples(shots=task.shots, shot_seed=seed, limit=limit, data_dir=data_dir)
+    samples = task.samples(shots=task.usual_shots, shot_seed=seed, limit=limit, data_dir=data_dir)
     probes = []
     for sample in samples:
         target = sample.target.strip() if isinstance(sample.target, str) else ""
@@ -228,7 +228,7 @@ def profile(
         raise KvcliError(what, given=f"--task {task.name} --limit {limit}", fix=fix)
     how = {
         "score": "attention to the answer's tokens in the prompt while it is given",
-        "task": task.name, "task_version": task.version, "shots": task.shots, "shot_seed": seed,
+        "task": task.name, "task_version": task.version, "shots": task.usual_shots, "shot_seed": seed,
         "prompt_tokens": getattr(task, "prompt_tokens", None), "limit": asked, "with_needle": len(probes),
         "right": right, "wrong_too": wrong_too,
     }  # fmt: skip

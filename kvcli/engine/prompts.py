@@ -1,4 +1,4 @@
-"""The prompts of a task, and which part of each is prefilled and compressed."""
+"""The prompts of a task: made from its samples, and which part of each is prefilled and compressed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kvcli.config import stable_hash
+from kvcli.config import SweepConfig, stable_hash
 from kvcli.engine.plan import PromptKey
 from kvcli.errors import KvcliError
 from kvcli.evals.spec import Sample, Task
@@ -28,6 +28,8 @@ class PromptSet:
     samples: list[Sample]
     prompts: list[Prompt]
     contexts: list[Prompt] = field(default_factory=list)
+    too_long: int = 0
+    """Samples left out because of --max-prompt-tokens."""
 
     @property
     def parts(self) -> Sequence[Prompt]:
@@ -69,7 +71,9 @@ class PromptSet:
                     what, given=f"--query agnostic, {self.key.shots} shots", fix="--shots 4, or --query aware"
                 )
             parts.append(cut.setdefault(context.sha, context))
-        return PromptSet(self.task, self.key._replace(query="agnostic"), self.samples, self.prompts, parts)
+        return PromptSet(
+            self.task, self.key._replace(query="agnostic"), self.samples, self.prompts, parts, self.too_long
+        )
 
 
 def _before_question(prompt: Prompt) -> Prompt:
@@ -79,3 +83,67 @@ def _before_question(prompt: Prompt) -> Prompt:
     return dataclasses.replace(
         prompt, ids=prompt.ids[:end], regions=regions, offsets=prompt.offsets[:end], sha=sha, options=[]
     )
+
+
+@dataclass
+class PromptMaker:
+    """Builds prompt sets. context: the model's longest text."""
+
+    config: SweepConfig
+    tokenizer: Any
+    context: int | None
+    _refused: list[KvcliError] = field(default_factory=list)
+    _made: int = 0
+
+    def prompts(self, task: Task, key: PromptKey, limit: int | None) -> PromptSet:
+        """The prompts of one task without those longer than --max-prompt-tokens.
+
+        Raises KvcliError for data that cannot be read and for a prompt that does not fit the model.
+        """
+        from kvcli.models.prompt import TooLong
+
+        samples = task.samples(
+            shots=key.shots, shot_seed=key.shot_seed, shot_order=key.shot_order, limit=limit,
+            data_dir=self.config.data_dir, tokens=self._tokens,
+        )  # fmt: skip
+        found = PromptSet(task, key._replace(query="aware"), [], [])
+        for sample in samples:
+            try:
+                prompt = self._build(task, sample)
+            except TooLong as error:
+                self._refused.append(error)
+                found.too_long += 1
+                continue
+            found.samples.append(sample)
+            found.prompts.append(prompt)
+        self._made += len(found.prompts)
+        return found
+
+    def check(self) -> None:
+        """Raises the first refusal where no prompt at all is left."""
+        if self._refused and not self._made:
+            raise self._refused[0]
+
+    def _tokens(self, text: str) -> int:
+        return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _build(self, task: Task, sample: Sample) -> Prompt:
+        from kvcli.models.prompt import build_prompt
+
+        config = self.config
+        return build_prompt(
+            sample, self.tokenizer, template=config.template, chat_allowed=task.chat, system=config.system,
+            thinking=config.thinking, max_prompt_tokens=config.max_prompt_tokens, context_limit=self.context,
+            truncate=config.truncate, max_new_tokens=config.max_new_tokens or task.max_new_tokens, task=task.name,
+        )  # fmt: skip
+
+
+def said_of(prompts: PromptSet) -> list[str]:
+    """Warnings about samples that were left out or cut."""
+    found, name, whole = [], prompts.task.name, len(prompts.samples) + prompts.too_long
+    if prompts.too_long:
+        found.append(f"{name}: {prompts.too_long} of {whole} prompts left out, longer than --max-prompt-tokens")
+    cut = [p.truncated for p in prompts.prompts if p.truncated]
+    if cut:
+        found.append(f"{name}: {len(cut)} of {whole} prompts truncated, by up to {max(cut):,} tokens")
+    return found

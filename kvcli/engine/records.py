@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from kvcli.cache.rows import STORED_BYTES, kept_counts, payload_bytes
+from kvcli.config import stable_hash
 from kvcli.engine.fidelity import Distance
 from kvcli.engine.generate import Generated
 from kvcli.engine.plan import Cell
@@ -33,7 +34,8 @@ def _base(cell: Cell, prompts: PromptSet, sample: Sample, method: Method, batch:
         shot_seed=cell.shot_seed, shot_order=cell.shot_order, seed=cell.seed,
         draw=cell.draw, decode=cell.decode, weights=cell.weights,
         match=None if cell.match is None else str(cell.match),
-        metric=prompts.task.metric, target=_target(sample), cluster=prompts.clusters[sample.id] or None, flags=[], batch_id=batch,
+        metric=prompts.task.metric, target=_target(sample), cluster=prompts.clusters[sample.id] or None, flags=[],
+        batch_id=batch,
     )  # fmt: skip
     return record
 
@@ -143,5 +145,6 @@ def prompt_entry(prompts: PromptSet, sample: Sample, prompt: Prompt, store_harmf
     return {
         "sha": prompt.sha, "task": prompts.task.name, "sample_id": sample.id, "n": len(prompt.ids),
         "regions": [[r.label, r.start, r.end] for r in prompt.regions],
+        "segments": stable_hash([[s.text, s.region, s.shot] for s in sample.segments], 16),
         "text": None if hidden else prompt.text, "offsets": None if hidden else prompt.offsets,
     }  # fmt: skip

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from kvcli.config import GRID, HOUSEKEEPING, SweepConfig
 from kvcli.engine.estimate import Estimate, Sizes, estimate, rows_that_fit
 from kvcli.engine.plan import MAX_DECODE_ROWS, Cell, Generation, Plan, make_cells
-from kvcli.engine.prepare import Prepared, Request, cell_facts, prepare, task_text
+from kvcli.engine.prepare import Prepared, Request, cell_facts, prepare
 from kvcli.errors import KvcliError
+from kvcli.evals.loader import text_of
 from kvcli.methods import catalog
 from kvcli.results.schema import SCHEMA
 from kvcli.weights.spec import DENSE
@@ -128,7 +129,7 @@ def _all_cells(prepared: Prepared, generations: list[dict[str, Any]]) -> list[Ce
     for generation in generations:
         values = {**request.config.to_dict(), **before, **generation["grid"]}  # an older grid lacks newer axes
         config = SweepConfig.from_dict(values, given="run.json")
-        tasks = [t for t in request.tasks if task_text(t) in config.tasks]
+        tasks = [t for t in request.tasks if text_of(t) in config.tasks]
         try:
             earlier = make_cells(config, tasks, facts)
         except KvcliError:  # a plugin file that is gone: its cells cannot be formed again
@@ -203,10 +204,11 @@ def task_facts(prepared: Prepared, old: dict[str, Any]) -> dict[str, Any]:
         task, name = prompts.task, key.task
         which = "-".join(map(str, key[1:4])).removesuffix("-0").removesuffix("-0")
         data = {**tasks.get(name, {}).get("data", {}), which: prompts.prompts[0].sha if prompts.prompts else ""}
+        judge = {k: v for k, v in tasks.get(name, {}).items() if k == "judge"}
         tasks[name] = {
-            "ability": task.ability, "metric": task.metric, "version": task.version, "chance": task.chance,
+            **judge, "ability": task.ability, "metric": task.metric, "version": task.version, "chance": task.chance,
             "harmful": task.harmful, "reference": task.reference, "suites": list(task.suites),
-            "source": task.source, "samples": len(prompts.samples), "data": data,
+            "source": task.source, "samples": len(prompts.samples), "too_long": prompts.too_long, "data": data,
         }  # fmt: skip
     return tasks
 

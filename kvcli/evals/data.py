@@ -7,13 +7,14 @@ import json
 import random
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from kvcli import hub
 from kvcli.errors import KvcliError
+from kvcli.grammar import task_base
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ class DataSet:
 
     def folder_names(self) -> list[str]:
         """Names its folder may have in `--data-dir`: the task's, the data set's last word, the configuration's."""
-        words = [self.task, self.path.rpartition("/")[2] if self.path else None, self.name]
+        words = [task_base(self.task), self.path.rpartition("/")[2] if self.path else None, self.name]
         both = [spelling for word in words if word for spelling in (word, _plain(word))]
         return list(dict.fromkeys(both))
 
@@ -51,10 +52,10 @@ def permutation(salt: str, n: int) -> list[int]:
 
 
 def first_of(task: str, n: int, limit: int | None) -> list[int]:
-    """The first `limit` of the task's permutation of n samples: 20 is inside 100."""
+    """The first `limit` of the task's permutation of n samples: 20 is inside 100. Its settings do not count."""
     if limit is not None and limit < 1:
         raise KvcliError("a limit must be at least 1", given=f"--limit {limit}", fix="--limit 20")
-    return permutation(f"kvcli:{task}", n)[:limit]
+    return permutation(f"kvcli:{task_base(task)}", n)[:limit]
 
 
 def read_split(data: DataSet, split: str, data_dir: str | None) -> list[Row]:
@@ -143,7 +144,40 @@ def load_hub(data: DataSet, split: str) -> list[Row]:
     except Exception as e:
         raise _hub_error(data, split, reason, e) from e
     where = f"{data.path}/{split}"
-    return [Row(dict(values), i, f"{where} row {i + 1}") for i, values in enumerate(loaded)]
+    rows = [Row(dict(values), i, f"{where} row {i + 1}") for i, values in enumerate(loaded)]
+    for watch in _watching:
+        watch.append(Loaded(data, split, len(rows), *_files_of(loaded)))
+    return rows
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A split that came from the hub or its local cache: its rows, and the folder and bytes of its files there."""
+
+    data: DataSet
+    split: str
+    rows: int
+    folder: str | None
+    size: int
+
+
+_watching: list[list[Loaded]] = []
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[Loaded]]:
+    """A list that fills with the splits that are loaded from the hub inside the block."""
+    seen: list[Loaded] = []
+    _watching.append(seen)
+    try:
+        yield seen
+    finally:
+        _watching.remove(seen)
+
+
+def _files_of(loaded: Any) -> tuple[str | None, int]:
+    files = [Path(file["filename"]) for file in getattr(loaded, "cache_files", None) or ()]
+    return (str(files[0].parent) if files else None), sum(f.stat().st_size for f in files if f.is_file())
 
 
 def _load_dataset(data: DataSet, split: str) -> Any:
@@ -161,6 +195,8 @@ def _hub_error(data: DataSet, split: str, reason: str, error: Exception) -> Kvcl
     fix = f"--data-dir DIR with {folder}/{split}.jsonl in it"
     if reason:
         return KvcliError(f"the hub cannot be reached for data set {named}: {reason}", given=given, fix=fix)
+    if "gated" in str(error).lower():
+        return hub.gated(str(data.path), given, "dataset")
     first = str(error).strip().split("\n")[0]
     return KvcliError(f"data set {named} cannot be loaded: {first}", given=given, fix=fix)
 

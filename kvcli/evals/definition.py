@@ -52,7 +52,7 @@ class Common:
     ability: str = "other"
     builder: str | None = None
     num_fewshot: int = 0
-    output_type: Literal["generate_until"] = "generate_until"
+    output_type: Literal["generate_until", "multiple_choice"] = "generate_until"
     generation_kwargs: Generation = field(default_factory=Generation)
     metric_list: tuple[Metric, ...] = (Metric("exact_match"),)
     chance: float | None = None
@@ -106,6 +106,8 @@ def _make(definition: Definition) -> Task:
     common: Common = fill(Common, {k: v for k, v in definition.values.items() if k in names}, "")
     folder = definition.path.parent
     cls = RowTask if common.builder is None else _builder(common.builder, folder)
+    if common.output_type == "multiple_choice" and cls is RowTask and "doc_to_choice" not in hints_of(RowTask):
+        raise BadValue("'output_type: multiple_choice' needs a builder", "builder: file.py:Class gives the options")
     own = _own_values(cls, names, definition.values)
     code = [c for c in (common.builder, own.get("scorer")) if c and ":" in c]
     facts = _facts(common, own) | own
@@ -127,6 +129,7 @@ def _facts(common: Common, own: Mapping[str, Any]) -> dict[str, Any]:
         "shots": common.num_fewshot,
         "max_new_tokens": common.generation_kwargs.max_gen_toks,
         "until": until,
+        "output_type": common.output_type,
         "chance": common.chance,
         "harmful": common.harmful,
         "chat": common.chat,
@@ -171,7 +174,8 @@ def _key_lines(path: Path) -> dict[str, int]:
     """Line of each top-level key. Raises KvcliError for a key written twice, which YAML would pass in silence."""
     import yaml
 
-    root = yaml.compose(path.read_text(encoding="utf-8"))
+    quick = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    root = yaml.compose(path.read_text(encoding="utf-8"), Loader=quick)
     lines: dict[str, int] = {}
     for key, _ in root.value if isinstance(root, yaml.MappingNode) else []:
         line = key.start_mark.line + 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import types
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
@@ -39,6 +41,39 @@ def convert(value: Any, annotation: Any, name: str) -> Any:
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         return _instance(value, annotation, name)
     return _scalar(value, annotation, name)
+
+
+def is_scalar(annotation: Any) -> bool:
+    """Whether a value can be typed on a command line: text, a number, true or false, one of several, or none."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return all(a is type(None) or is_scalar(a) for a in get_args(annotation))
+    return annotation in (str, int, float, bool) or get_origin(annotation) is Literal
+
+
+def from_text(text: str, annotation: Any, name: str) -> Any:
+    """A scalar as typed on a command line, made what the annotation wants. Raises BadValue."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        (inner,) = [a for a in get_args(annotation) if a is not type(None)]
+        return None if text == "none" else from_text(text, inner, name)
+    if get_origin(annotation) is Literal:
+        choices = {to_text(choice): choice for choice in get_args(annotation)}
+        return choices[text] if text in choices else _literal(text, get_args(annotation), name)
+    if annotation is str:
+        return text
+    value: Any = {"true": True, "false": False}.get(text.lower(), text)
+    for kind in (float, int) if value is text else ():
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+    if isinstance(value, float) and not math.isfinite(value):
+        value = text
+    return convert(value, annotation, name)
+
+
+def to_text(value: Any) -> str:
+    """The one spelling of a scalar: what `from_text` reads back."""
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def fill(cls: type, values: Mapping[str, Any], name: str) -> Any:

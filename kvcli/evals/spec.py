@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvcli.grammar import task_base
 from kvcli.spans import REGIONS as REGIONS
 from kvcli.spans import Segment as Segment
 
@@ -71,6 +72,19 @@ class Task(ABC):
     """The definition's file."""
     digest: str = ""
     """Hash of the definition's file and of the code it names: an edited task is another task."""
+    shots_asked: int | None = None
+    """From `--task NAME:shots=N`: what `usual_shots` is, while `shots` stays the definition's."""
+
+    @property
+    def base(self) -> str:
+        """The name without settings: `niah` of `niah:depth=0.5`. What is the same for all settings of a task (the order
+        of its samples, the folder of its data) hangs on it."""
+        return task_base(self.name)
+
+    @property
+    def usual_shots(self) -> int:
+        """The number of shots where --shots says nothing."""
+        return self.shots if self.shots_asked is None else self.shots_asked
 
     def check(self) -> None:
         """Raises KvcliError where this machine cannot score the task. Asked before weights are loaded."""
@@ -89,8 +103,8 @@ class Task(ABC):
     ) -> list[Sample]:
         """The first `limit` samples of one permutation fixed by the task's name (nested: 20 is inside 100).
 
-        shot_order: 0 as they come, another number shuffles the same shots (`kvcli.evals.data.reordered`). tokens: how many
-        tokens a text has for the run's tokenizer, for tasks that are generated to a length.
+        shot_order: 0 as they come, another number shuffles the same shots (`kvcli.evals.data.reordered`). tokens: how
+        many tokens a text has for the run's tokenizer, for tasks that are generated to a length.
         """
 
     @abstractmethod

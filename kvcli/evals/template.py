@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,19 +42,7 @@ class Template:
 
     def value(self, row: Mapping[str, Any]) -> Any:
         """The field as it is, or the rendered text. Raises ValueError naming the missing or unusable field."""
-        import jinja2
-
-        if self.is_field:
-            if self.text not in row:
-                raise ValueError(f"no field '{self.text}'")
-            return row[self.text]
-        try:
-            return _compiled(self.text).render(**row)
-        except jinja2.UndefinedError as e:
-            missing = re.match(r"'(\w+)' is undefined", str(e))
-            raise ValueError(f"no field '{missing[1]}'" if missing else str(e)) from e
-        except (jinja2.TemplateError, TypeError, LookupError, ArithmeticError, re.error) as e:
-            raise ValueError(f"{type(e).__name__}: {e}") from e
+        return self._field(row) if self.is_field else _render(self.text, row)
 
     def render(self, row: Mapping[str, Any]) -> str:
         """The filled-in text. Raises ValueError as `value` does, for a field that is no text, and for blank text."""
@@ -64,15 +53,62 @@ class Template:
             raise ValueError(f"'{_shortened(self.text)}' gives no text")
         return text
 
+    def listed(self, row: Mapping[str, Any]) -> list[Any]:
+        """The field, or the list that the rendered text writes, as `doc_to_choice` of lm-evaluation-harness is read.
+
+        Raises ValueError when it is no list.
+        """
+        if self.is_field:
+            value = self._field(row)
+        else:
+            text = _render(self.text, row, checked=False)
+            try:
+                value = ast.literal_eval(text.strip())
+            except (ValueError, SyntaxError, MemoryError, RecursionError) as e:
+                raise ValueError(f"'{_shortened(self.text)}' gives {_shortened(text)!r}, not a list") from e
+        if not isinstance(value, list):
+            raise ValueError(f"'{_shortened(self.text)}' is {_kind(value)}, not a list")
+        return value
+
+    def _field(self, row: Mapping[str, Any]) -> Any:
+        if self.text not in row:
+            raise ValueError(f"no field '{self.text}'")
+        return row[self.text]
+
 
 @cache
-def _environment() -> Environment:
-    """Sandboxed: a task file may come from a stranger. Strict: a missing field is an error, not an empty text."""
+def template(text: str) -> Template:
+    """The template of a text, parsed once."""
+    return Template(text)
+
+
+def _render(text: str, row: Mapping[str, Any], *, checked: bool = True) -> str:
+    import jinja2
+
+    try:
+        rendered: str = _compiled(text, checked).render(**row)
+    except jinja2.UndefinedError as e:
+        missing = re.match(r"'(\w+)' is undefined", str(e))
+        raise ValueError(f"no field '{missing[1]}'" if missing else str(e)) from e
+    except (jinja2.TemplateError, TypeError, LookupError, ArithmeticError, re.error) as e:
+        raise ValueError(f"{type(e).__name__}: {e}") from e
+    return rendered
+
+
+@cache
+def _environment(checked: bool = True) -> Environment:
+    """Sandboxed: a task file may come from a stranger. Strict: a missing field is an error, not an empty text.
+
+    checked: null, lists and mappings are errors too.
+    """
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=_printable
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,
+        finalize=_printable if checked else None,
     )
     environment.filters["regex_replace"] = regex_replace
     environment.filters["after"] = after
@@ -80,8 +116,8 @@ def _environment() -> Environment:
 
 
 @cache
-def _compiled(text: str) -> Any:
-    return _environment().from_string(text)
+def _compiled(text: str, checked: bool) -> Any:
+    return _environment(checked).from_string(text)
 
 
 def regex_replace(text: str, pattern: str, replacement: str, count: int = 0) -> str:
@@ -105,7 +141,14 @@ def _printable(value: Any) -> Any:
 
 
 def _kind(value: Any) -> str:
-    names = {"NoneType": "null", "list": "a list", "dict": "a mapping", "int": "a number", "float": "a number"}
+    names = {
+        "NoneType": "null",
+        "list": "a list",
+        "dict": "a mapping",
+        "int": "a number",
+        "float": "a number",
+        "str": "text",
+    }
     return names.get(type(value).__name__, type(value).__name__)
 
 

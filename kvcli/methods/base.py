@@ -81,6 +81,8 @@ class Method(ABC):
     domain: ClassVar[Domain] = Domain()
     sharing: ClassVar[int] = 1
     protects: ClassVar[str] = "the last token"
+    open_points: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """What the paper leaves open, and how it is decided here; for the card."""
     keeps_last: ClassVar[bool] = True
     """False: it may evict the last prompt token; then only `--first-token prefill` can be measured."""
     seeded: ClassVar[bool] = False

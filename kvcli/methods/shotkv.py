@@ -38,6 +38,26 @@ class ShotKV(Method):
     budget_scope = "layer"
     protects = "system, question and special tokens (may exceed the budget)"
     decoding = "separate"
+    open_points = (
+        ("how shots are found", "prompts are built from lists of examples, whose token spans are known; passages are "
+         "cut into sentences, or blocks of 16 tokens where they have none"),
+        ("what becomes of tokens outside shots", "system, question and special tokens stay and count in r_p n"),
+        ("whose attention is accumulated", "that of all prompt queries; `queries=question` or `queries=window`"),
+        ("scores per layer or over all layers", "per layer as in version 4; `scope=all-layers` for version 1"),
+        ("the best set of shots, or greedy", "greedy, by falling score"),
+        ("a shot that does not fit", "skipped, the next one is tried; `fit=stop` ends there"),
+        ("a budget smaller than any shot", "no shot stays, none is cut: flag `fallback`, and the record has the "
+         "measured ratio"),
+        ("r_d of a cache that is already pruned", "r_d counts all tokens generated so far, evicted ones too; taken "
+         "literally the cache would collapse"),
+        ("protection of the newest generated tokens", "the newest stays; `recent=N` keeps N more"),
+        ("query heads that share a KV head", "scores are summed over all query heads; one set for all KV heads of "
+         "a layer"),
+        ("positions after eviction", "the true ones"),
+        ("examples whose questions and answers stand apart", "a shot is the union of its spans"),
+        ("attention weights under flash attention", "column sums from queries, keys and the kernel's logsumexp: exact, "
+         "no n x n tensor"),
+    )  # fmt: skip
 
     scope: str = setting(
         "layer", choices=("layer", "all-layers"), help="one choice per layer, or one for all", paper="not said"

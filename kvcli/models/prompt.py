@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import Any, Protocol
 
 from kvcli.config import stable_hash
 from kvcli.errors import KvcliError
+from kvcli.models.chat import Piece, chat_pieces, raw_pieces
+from kvcli.models.truncation import CUTTABLE, kept_tokens
 from kvcli.spans import Region, Segment, Span
-
-TEMPLATE_DATE = "26 Jul 2024"
-"""Llama 3 templates print a date; a fixed one (their own default) keeps prompts the same tomorrow."""
 
 
 class Source(Protocol):
@@ -23,22 +22,16 @@ class Source(Protocol):
     def id(self) -> str: ...
     @property
     def segments(self) -> tuple[Segment, ...]: ...
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Text of one kind: a segment's, or `special` for the template's own."""
-
-    text: str
-    kind: str
-    index: int = -1
+    @property
+    def options(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
 class Prompt:
     """A prompt of n = len(ids) tokens; regions cover 0..n-1 in order without gaps.
 
-    text: what was tokenised (a BOS that was put in front is not part of it). offsets[i]: where token i ends in `text`.
+    text: what the tokens stand for (a BOS that was put in front is not part of it). offsets[i]: where token i ends in
+    `text`. options: the tokens of each of the sample's options behind the prompt. truncated: tokens that were cut.
     """
 
     ids: list[int]
@@ -46,6 +39,8 @@ class Prompt:
     text: str
     offsets: list[int]
     sha: str
+    options: list[list[int]] = field(default_factory=list)
+    truncated: int = 0
 
     def token_text(self, i: int) -> str:
         """The text of one token with white space before it; empty for BOS and for all but one byte of a character."""
@@ -54,6 +49,35 @@ class Prompt:
     def span_text(self, span: Span) -> str:
         start, end = span
         return "" if start == end else self.text[self.offsets[start - 1] if start else 0 : self.offsets[end - 1]]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A text's tokens: ids, and the characters [start, end) each stands for; `front` 1 where a BOS was put in front."""
+
+    text: str
+    ids: list[int]
+    spans: list[Span]
+    front: int = 0
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How long the prompt of `which` may be: at most `most` tokens, and with `new` ones at most `context`."""
+
+    which: str
+    most: int | None
+    context: int | None
+    new: int
+
+    @property
+    def tokens(self) -> int | None:
+        given = [self.most, None if self.context is None else self.context - self.new]
+        return min((limit for limit in given if limit is not None), default=None)
+
+
+class TooLong(KvcliError):
+    """A prompt longer than --max-prompt-tokens."""
 
 
 def build_prompt(
@@ -66,25 +90,36 @@ def build_prompt(
     context_limit: int | None = None,
     max_new_tokens: int = 0,
     system: str | None = None,
+    truncate: str | None = None,
+    thinking: bool = False,
     task: str = "",
 ) -> Prompt:
-    """Token ids and regions of a sample.
+    """Token ids and regions of a sample, and the ids of its options.
 
     template: auto (the tokenizer's chat template where it has one), chat or raw; raw in any case where
-    chat_allowed=False (a task with `chat: false`). Raises KvcliError for a slow tokenizer, a template that is missing
-    or changes the text, and a prompt longer than max_prompt_tokens or than context_limit - max_new_tokens; nothing is
-    ever cut off.
+    chat_allowed=False (a task with `chat: false`). A prompt longer than max_prompt_tokens or than context_limit
+    without what comes behind it (the longest option, or max_new_tokens) is refused, or with truncate `middle` or
+    `left` (kvcli.models.truncation) loses tokens. thinking: what templates that ask are told (Qwen3).
+
+    Raises KvcliError for a slow tokenizer, a template that is missing or changes the text, an option without tokens,
+    and a prompt that is too long (TooLong where only max_prompt_tokens is in its way).
     """
     _check_tokenizer(tokenizer)
+    which = f"{task} sample {sample.id}".strip()
     chat = chat_allowed and template != "raw" and (template == "chat" or bool(tokenizer.chat_template))
-    pieces = _chat_pieces(sample, tokenizer, system) if chat else _raw_pieces(sample, system)
+    pieces = chat_pieces(sample.segments, tokenizer, system, thinking) if chat else raw_pieces(sample.segments, system)
     text = "".join(piece.text for piece in pieces)
-    ids, spans = _tokenise(text, tokenizer)
-    regions = _regions(_owners(pieces, text, spans), pieces)
-    _check_length(len(ids), f"{task} sample {sample.id}".strip(), max_prompt_tokens, context_limit, max_new_tokens)
-    ends = list(accumulate((end for _, end in spans), max))
-    sha = stable_hash([ids, [[r.label, r.start, r.end] for r in regions]], 16)
-    return Prompt(ids, regions, text, ends, sha)
+    # lm-evaluation-harness, lm_eval/api/task.py: no target delimiter behind a chat template
+    endings = [option.lstrip() for option in sample.options] if chat else sample.options
+    tokens, options = _with_options(text, endings, tokenizer, which) if endings else (_tokenise(text, tokenizer), [])
+    labels = _labels(pieces, tokens)
+    new = max(map(len, options)) if options else max_new_tokens
+    kept = _kept(labels, tokens.spans, Limit(which, max_prompt_tokens, context_limit, new), truncate)
+    ids, regions = [tokens.ids[i] for i in kept], _regions([labels[i] for i in kept])
+    left, ends = _text_of(kept, tokens)
+    shown = [[r.label, r.start, r.end] for r in regions]
+    sha = stable_hash([ids, shown, options] if options else [ids, shown], 16)
+    return Prompt(ids, regions, left, ends, sha, options, len(tokens.ids) - len(ids))
 
 
 def _check_tokenizer(tokenizer: Any) -> None:
@@ -94,110 +129,80 @@ def _check_tokenizer(tokenizer: Any) -> None:
         raise KvcliError(f"the slow tokenizer {name} gives no token offsets", given=name, fix=fix)
 
 
-def _raw_pieces(sample: Source, system: str | None) -> list[Piece]:
-    """System text, a blank line, then the segments as they are."""
-    front = [Piece(f"{system}\n\n", "system")] if system else []
-    return front + [Piece(s.text, s.region, s.shot) for s in sample.segments]
-
-
-def _chat_pieces(sample: Source, tokenizer: Any, system: str | None) -> list[Piece]:
-    """One user message with all segments (and a system message) inside the rendered template.
-
-    The template is rendered twice: with marks for the messages, which shows its own text before, between and behind
-    them, and with the messages themselves. Some templates strip white space off a message; the pieces follow.
-    """
-    content = "".join(s.text for s in sample.segments)
-    marks = ["kvcliSYSTEMmark", "kvcliUSERmark"] if system else ["kvcliUSERmark"]
-    own = _own_text(tokenizer, marks)
-    whole = _render(tokenizer, [system, content] if system else [content])
-    for head in _stripped(system or ""):
-        for user in _stripped(content):
-            front = [Piece(own[0], "special"), Piece(head, "system"), Piece(own[1], "special")]
-            front = front if system else [Piece(own[0], "special")]
-            if "".join(p.text for p in front) + user + own[-1] == whole:
-                return [*front, *_trimmed(sample.segments, content, user), Piece(own[-1], "special")]
-    raise _bad_template(tokenizer, "it changes the text of the messages")
-
-
-def _stripped(text: str) -> list[str]:
-    return list(dict.fromkeys((text, text.strip(), text.rstrip(), text.lstrip())))
-
-
-def _own_text(tokenizer: Any, marks: list[str]) -> list[str]:
-    """The template's own text before, between and behind messages that are nothing but marks."""
-    rest, parts = _render(tokenizer, marks), []
-    for mark in marks:
-        if rest.count(mark) != 1:
-            raise _bad_template(tokenizer, f"it shows a message {rest.count(mark)} times")
-        before, _, rest = rest.partition(mark)
-        parts.append(before)
-    return [*parts, rest]
-
-
-def _trimmed(segments: Sequence[Segment], content: str, kept: str) -> list[Piece]:
-    """The segments as pieces of `kept`, which is `content` with white space taken off its ends."""
-    left = 0 if content.startswith(kept) else len(content) - len(content.lstrip())
-    pieces, start = [], 0
-    for s in segments:
-        end = start + len(s.text)
-        pieces.append(Piece(kept[max(0, start - left) : max(0, end - left)], s.region, s.shot))
-        start = end
-    return pieces
-
-
-def _render(tokenizer: Any, messages: list[str]) -> str:
-    """The chat template's text: generation prompt at the end, Qwen3's thinking off."""
-    import jinja2
-
-    roles = ["system", "user"][-len(messages) :]
-    chat = [{"role": role, "content": text} for role, text in zip(roles, messages, strict=True)]
-    if not tokenizer.chat_template:
-        raise _bad_template(tokenizer, "it has none")
-    try:
-        rendered: str = tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True, enable_thinking=False, date_string=TEMPLATE_DATE
-        )
-    except jinja2.TemplateError as e:
-        raise _bad_template(tokenizer, f"{type(e).__name__}: {e}") from e
-    return rendered
-
-
-def _bad_template(tokenizer: Any, why: str) -> KvcliError:
-    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-    return KvcliError(f"the chat template of {name} cannot be used: {why}", given=name, fix="--template raw")
-
-
-def _tokenise(text: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
+def _tokenise(text: str, tokenizer: Any) -> Tokens:
     """Ids and character spans: one BOS where the tokenizer uses one, unless the text brings it; no EOS."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
-    ids, spans = list(encoded["input_ids"]), [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
+    ids, spans = list(encoded["input_ids"]), list(encoded["offset_mapping"])
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:
-        return [bos, *ids], [(0, 0), *spans]
-    return ids, spans
+        return Tokens(text, [bos, *ids], [(0, 0), *spans], 1)
+    return Tokens(text, ids, spans)
 
 
-def _owners(pieces: Sequence[Piece], text: str, spans: Sequence[Span]) -> list[int]:
-    """The piece each token belongs to, -1 for a BOS that is not in the text.
+def _with_options(text: str, options: Sequence[str], tokenizer: Any, which: str) -> tuple[Tokens, list[list[int]]]:
+    """The prompt's tokens, and those of each option behind it.
 
-    A token belongs to the piece its first character lies in; white space at its front does not count (` Q` begins
-    a question though the blank still stood in the shot before), unless the token is nothing but white space.
+    Rule: lm-evaluation-harness, `TemplateLM._encode_pair` (lm_eval/api/model.py). White space at the end of the
+    prompt moves to the front of the options; prompt and option are tokenised together, and the option's tokens are
+    those behind as many as the prompt alone has. Where a token reaches across the border, the prompt keeps its own.
+    Differs: where the white space has merged into a token of the prompt, so that moving it would lose it, and the
+    prompt's tokens with it are the beginning of all joined texts, it stays in the prompt.
     """
+    joined = [text + option for option in options]
+    wholes = tokenizer(joined, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    prompt = _tokenise(text.rstrip(), tokenizer)
+    if prompt.text != text and not _all_begin(wholes, prompt):
+        unmoved = _tokenise(text, tokenizer)
+        prompt = unmoved if _all_begin(wholes, unmoved) else prompt
+    found = [list(whole[len(prompt.ids) - prompt.front :]) for whole in wholes]
+    for number, (option, ids) in enumerate(zip(options, found, strict=True)):
+        if not ids or not option:
+            fix = "options with text that begin with a blank, so that they cannot merge into the prompt"
+            raise KvcliError(f"option {number} of {which} has no tokens of its own", given=which, fix=fix)
+    return prompt, found
+
+
+def _all_begin(wholes: Sequence[list[int]], tokens: Tokens) -> bool:
+    own = tokens.ids[tokens.front :]
+    return all(whole[: len(own)] == own for whole in wholes)
+
+
+Label = tuple[str, int]
+"""Region and shot number of a token."""
+
+
+def _labels(pieces: Sequence[Piece], tokens: Tokens) -> list[Label]:
+    """What each token belongs to: the piece its first character lies in.
+
+    White space at a token's front does not count (` Q` begins a question though the blank still stood in the shot
+    before), unless the token is nothing but white space. A BOS that the text lacks is `special`.
+    """
+    ends = list(accumulate((end for _, end in tokens.spans), max))
     starts = list(accumulate((len(p.text) for p in pieces), initial=0))[:-1]
-    owners, reached = [], 0
-    for i, (start, end) in enumerate(spans):
-        if i == 0 and start == end:
-            owners.append(-1)
-            continue
-        inked = next((c for c in range(start, end) if not text[c].isspace()), start)
-        reached = max(reached, min(inked, len(text) - 1))
-        owners.append(bisect_right(starts, reached) - 1)
-    return owners
+    first = [tokens.front, *(_first_token(start, tokens, ends) for start in starts[1:]), len(tokens.ids)]
+    borders = list(accumulate(first, max))
+    labels: list[Label] = [("special", -1)] * tokens.front
+    for piece, begin, end in zip(pieces, borders, borders[1:], strict=False):
+        labels += [(piece.kind, piece.index)] * (end - begin)
+    return labels
 
 
-def _regions(owners: Sequence[int], pieces: Sequence[Piece]) -> list[Region]:
-    """Runs of tokens of the same kind and shot."""
-    labels = [("special", -1) if i < 0 else (pieces[i].kind, pieces[i].index) for i in owners]
+def _first_token(start: int, tokens: Tokens, ends: Sequence[int]) -> int:
+    """The first token whose first character stands at `start` or behind it."""
+    at = bisect_left(ends, start)
+    while at < len(ends) and _inked(tokens, at) < start:
+        at += 1
+    return at
+
+
+def _inked(tokens: Tokens, i: int) -> int:
+    """Where token i's first character that is not white space stands."""
+    start, end = tokens.spans[i]
+    return next((c for c in range(start, end) if not tokens.text[c].isspace()), start)
+
+
+def _regions(labels: Sequence[Label]) -> list[Region]:
+    """Runs of tokens of the same region and shot."""
     regions, start = [], 0
     for (kind, index), run in groupby(labels):
         end = start + len(list(run))
@@ -206,13 +211,43 @@ def _regions(owners: Sequence[int], pieces: Sequence[Piece]) -> list[Region]:
     return regions
 
 
-def _check_length(n: int, which: str, most: int | None, context: int | None, new: int) -> None:
-    if n == 0:
-        raise KvcliError(f"the prompt of {which} is empty", given=which, fix="give the task some text")
-    if context is not None and n + new > context:
-        what = f"the prompt of {which} does not fit the model: {n} tokens and {new} new ones, its context is {context}"
-        fix = "fewer --shots, a smaller --max-new-tokens, or a model with a longer context"
-        raise KvcliError(what, given=which, fix=fix)
-    if most is not None and n > most:
-        what = f"the prompt of {which} has {n} tokens, more than --max-prompt-tokens {most}"
-        raise KvcliError(what, given=f"--max-prompt-tokens {most}", fix=f"--max-prompt-tokens {n}, or fewer --shots")
+def _text_of(kept: Sequence[int], tokens: Tokens) -> tuple[str, list[int]]:
+    """The text of the tokens that are left, and where each of them ends in it."""
+    ends = list(accumulate((end for _, end in tokens.spans), max))
+    if len(kept) == len(ends):
+        return tokens.text, ends
+    edges = [0, *ends]
+    parts = [tokens.text[edges[i] : edges[i + 1]] for i in kept]
+    return "".join(parts), list(accumulate(map(len, parts)))
+
+
+def _kept(labels: Sequence[Label], spans: Sequence[Span], limit: Limit, truncate: str | None) -> Sequence[int]:
+    """Which tokens the prompt keeps. Raises KvcliError for an empty prompt and for one that stays too long."""
+    if not labels:
+        raise KvcliError(f"the prompt of {limit.which} is empty", given=limit.which, fix="give the task some text")
+    most = limit.tokens
+    if most is None or len(labels) <= most:
+        return range(len(labels))
+    kept = kept_tokens([kind for kind, _ in labels], spans, most, truncate) if truncate else None
+    if kept is None:
+        raise _too_long(len(labels), sum(kind not in CUTTABLE for kind, _ in labels), limit, truncate)
+    return kept
+
+
+def _too_long(n: int, fixed: int, limit: Limit, truncate: str | None) -> KvcliError:
+    """The message for a prompt of n tokens, `fixed` of which are never cut."""
+    least = fixed if truncate else n
+    stays = f", {fixed} of which are never cut" if truncate else ""
+    cutting = limit.tokens is not None and fixed <= limit.tokens and not truncate
+    if limit.context is not None and least + limit.new > limit.context:
+        what = f"the prompt of {limit.which} does not fit the model: {n} tokens{stays} and {limit.new} new ones, "
+        ways = ["fewer --shots", "a smaller --max-new-tokens", "a model with a longer context"]
+        return KvcliError(f"{what}its context is {limit.context}", given=limit.which, fix=_either(ways, cutting))
+    what = f"the prompt of {limit.which} has {n} tokens{stays}, more than --max-prompt-tokens {limit.most}"
+    fix = _either([f"--max-prompt-tokens {least}", "fewer --shots"], cutting)
+    return TooLong(what, given=f"--max-prompt-tokens {limit.most}", fix=fix)
+
+
+def _either(ways: list[str], cutting: bool) -> str:
+    *others, last = [*ways, "--truncate middle"] if cutting else ways
+    return f"{', '.join(others)}, or {last}"

@@ -152,12 +152,7 @@ def _whole_lines(path: Path, keys: Iterable[str] = ()) -> Iterator[Line]:
         elif not line.torn:
             folder = path.parent.parent if path.parent.name == SHARDS else path.parent
             fix = f"kvcli check {folder} --fix     (sets that line aside; the same sweep measures its sample again)"
-            raise KvcliError(f"{path}:{line.number} is not a record", given=_excerpt(line.raw), fix=fix)
-
-
-def _excerpt(raw: bytes) -> str:
-    text = raw.decode("utf-8", "replace").strip()
-    return text if len(text) <= 80 else text[:77] + "..."
+            raise KvcliError(f"{path}:{line.number} is not a record", given=f"{len(line.raw)} bytes", fix=fix)
 
 
 def _cut_torn(path: Path, keys: Iterable[str]) -> list[str]:

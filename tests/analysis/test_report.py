@@ -125,6 +125,18 @@ def test_every_row_has_n_interval_and_relative_change(tmp_path: Path) -> None:
             assert fields[6].endswith("%")
 
 
+def test_further_figures_have_a_column_where_there_are_any(tmp_path: Path) -> None:
+    folder = small(tmp_path)
+    assert "| also |" not in markdown(load_run(folder), summarise(load_run(folder)))
+    path = folder / "samples.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**line, "extra": {"over_refusal": 0.25}}) + "\n" for line in lines))
+    text = markdown(load_run(folder), summarise(load_run(folder)))
+    table = [line for line in text.splitlines() if line.startswith(("| `full`", "| method | asked"))]
+    assert "| also | flags |" in table[0] and "| over_refusal 0.25 |" in table[1]
+    assert len({line.count(" | ") for line in table}) == 1
+
+
 def test_first_token_modes_stand_side_by_side(tmp_path: Path) -> None:
     both = text_of(small(tmp_path / "both"))
     side = section(both, "First token: compressed against prefill")

@@ -66,6 +66,63 @@ def test_a_cell_by_hand(tmp_path: Path) -> None:
     assert (table.full.score, table.full.difference, table.chance, table.version) == (0.8, None, 0.1, "2")
 
 
+def test_further_figures_are_means_over_the_records_that_have_them(tmp_path: Path) -> None:
+    full = lines_of("full", [1.0, 1.0, 0.0])
+    for line, extra in zip(full, ({"found": 1.0}, {"found": 0.0}, {"found": 1, "rare": 0.5}), strict=True):
+        line["extra"] = extra
+    table = summarise(run_of(tmp_path, full + lines_of("snapkv", [1.0] * 3)))[0]
+    assert table.full is not None
+    assert table.full.extra == {"found": pytest.approx(2 / 3), "rare": 0.5}
+    assert only(table, "snapkv").extra == {}
+    assert wording.figures(table.full) == "found 0.67, rare 0.50"
+
+
+def test_the_last_line_of_a_key_decides_its_figures_and_its_metric(tmp_path: Path) -> None:
+    """As after `kvcli rescore`."""
+    old, new = lines_of("full", [0.0, 0.0]), lines_of("full", [1.0, 1.0], metric="judged")
+    for line in old:
+        line["extra"] = {"old": 1.0}
+    table = summarise(run_of(tmp_path, old + new, tasks={"t": {"metric": "exact"}}))[0]
+    assert table.full is not None
+    assert (table.metric, table.full.score, table.full.extra) == ("judged", 1.0, {})
+    assert not any("side by side" in warning for warning in table.warnings)
+
+
+def test_scores_of_two_metrics_in_one_table_are_a_warning(tmp_path: Path) -> None:
+    lines = lines_of("full", [1.0, 0.0]) + lines_of("snapkv", [1.0, 0.0], metric="judged")
+    warnings = summarise(run_of(tmp_path, lines))[0].warnings
+    assert any("scores of exact and judged stand side by side" in warning for warning in warnings)
+
+
+def test_shares_stand_beside_scores_where_they_are_unlike_full_s(tmp_path: Path) -> None:
+    full, snap, other = (lines_of(m, [1.0] * 50) for m in ("full", "snapkv", "h2o"))
+    for line in full[:5] + other[:5]:
+        line["finish"] = "length"
+    for line in snap[:6]:
+        line["extracted"] = None
+    table = summarise(run_of(tmp_path, full + snap + other))[0]
+    assert wording.shares(table.full) == {">": ">10"}
+    assert wording.shares(only(table, "snapkv"), table.full) == {"?": "?12", ">": ">0"}
+    assert wording.shares(only(table, "h2o"), table.full) == {}
+    drawn = terminal([table], 100)
+    assert "full 1.00 [0.93, 1.00] >10" in drawn and "1.00 +0.0 ?12 >0" in drawn
+    assert [line.rstrip() for line in drawn.splitlines() if line.startswith("h2o")] == ["h2o      1.00 +0.0"]
+    assert "? so many per cent of the outputs hold no answer" in drawn
+    assert "is within 2 points of full's" in drawn
+
+
+def test_without_any_such_share_the_table_has_no_word_of_it(tmp_path: Path) -> None:
+    table = summarise(run_of(tmp_path, lines_of("full", [1.0] * 5) + lines_of("snapkv", [1.0] * 5)))[0]
+    assert "so many per cent" not in terminal([table], 100) and "within 2 points" not in terminal([table], 100)
+
+
+def test_without_full_every_share_above_zero_is_shown(tmp_path: Path) -> None:
+    lines = lines_of("snapkv", [1.0] * 300)
+    lines[0]["extracted"] = None
+    table = summarise(run_of(tmp_path, lines))[0]
+    assert wording.shares(only(table, "snapkv"), table.full) == {"?": "?1"}, "above zero is not shown as zero"
+
+
 def test_only_samples_that_both_have_are_paired(tmp_path: Path) -> None:
     full = lines_of("full", [1.0, 1.0, 0.0, None, 1.0])
     snap = lines_of("snapkv", [0.0, 1.0, 1.0, 1.0, None])

@@ -1,4 +1,4 @@
-"""kvcli list: methods, tasks, models and result folders, as tables and as JSON."""
+"""kvcli list: methods, tasks, models, presets and result folders, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -37,6 +37,91 @@ def test_tasks(kvcli):
     assert [task["name"] for task in found] == task_names()
     assert all(task["ability"] and task["metric"] for task in found)
     assert kvcli("list", "tasks").code == 0
+
+
+def test_all_facts_of_tasks_are_in_the_json(kvcli):
+    found = {task["name"]: task for task in json.loads(kvcli("list", "tasks", "--json").out)}
+    gsm8k, recall = found["gsm8k"], found["tb_recall"]
+    assert gsm8k["dataset"] == {"path": "openai/gsm8k", "name": "main", "revision": None}
+    assert (gsm8k["type"], gsm8k["chance"], gsm8k["harmful"], gsm8k["package"]) == ("generate_until", 0.0, False, None)
+    assert gsm8k["reference"]["llama3.1-8b-instruct"] == 0.7945
+    assert recall["suites"] == ["testbed"] and recall["dataset"]["path"] is None
+    assert {"name": "prompt_tokens", "kind": "a whole number", "value": 448} in recall["settings"]
+    assert found["mmlu"]["cluster"] == "{{ subject }}" or "subject" in found["mmlu"]["cluster"]
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_the_table_of_tasks_fits_the_screen_and_cuts_no_name(kvcli, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    found = json.loads(kvcli("list", "tasks", "--json").out)
+    done = kvcli("list", "tasks")
+    assert done.code == 0 and max(map(len, done.out.splitlines())) <= width
+    lines = [line.split() for line in done.out.splitlines() if line.strip()]
+    joined = "".join(done.out.split())
+    for task in found:
+        assert task["name"] in joined or (len(task["name"]) > 26 and task["name"][:26] in joined)
+        line = next((line for line in lines if line[0] == task["name"]), None)
+        if line is not None:
+            assert line[-1] == task["metric"] and line[-2] in ("gen", "mc") and line[-3] == str(task["shots"])
+    for task in found:
+        assert not task["suites"] or f"{task['suites'][-1]}:" in done.out, "a group for its suites"
+
+
+def test_one_task(kvcli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    done = kvcli("list", "tasks", "tb-recall:prompt_tokens=300")
+    assert done.code == 0 and done.out.startswith("tb_recall:prompt_tokens=300\n")
+    rows = {line.split("  ")[0].strip(): line for line in done.out.splitlines()}
+    assert rows["prompt_tokens"].split()[-1] == "300" and rows["shots"].split()[-1] == "12"
+    assert "associative recall" in rows["ability"] and "key-value notes" in done.out
+    assert "--task tb_recall:operators=" in done.err
+    (row,) = json.loads(kvcli("list", "tasks", "gsm8k", "--json").out)
+    assert "Exemplars:" in row["about"] and row["version"]
+
+
+def test_a_user_s_own_task(kvcli, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("# My questions.\ntask: mine\ndoc_to_text: q\ndoc_to_target: a\nchance: 0.5\n")
+    done = kvcli("list", "tasks", path)
+    assert done.code == 0 and "My questions." in done.out and str(path) in done.out.replace("\n", "")
+
+
+def test_the_tasks_of_a_suite(kvcli):
+    assert [t["name"] for t in json.loads(kvcli("list", "tasks", "tb_c*", "--json").out)] == ["tb_choice", "tb_code"]
+    assert "tb_choice" in kvcli("list", "tasks", "testbed").out
+
+
+def test_presets(kvcli):
+    found = {preset["name"]: preset for preset in json.loads(kvcli("list", "presets", "--json").out)}
+    assert {"demo", "kvfundabench_table7"} <= set(found)
+    assert found["kvfundabench_table7"]["settings"]["model"] == "llama3.1-8b-instruct"
+    assert "kvfundabench_table7" in kvcli("list", "presets").out
+
+
+def test_one_preset_with_the_numbers_it_repeats(kvcli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    done = kvcli("list", "presets", "kvfundabench-table7")
+    assert done.code == 0 and "mmlu:shots=5" in done.out
+    assert (
+        "0.5314" in done.out and "full cache 0.8895" in " ".join(done.out.split()) and "\n(k) Called attack" in done.out
+    )
+    row = json.loads(kvcli("list", "presets", "kvfundabench_table7", "--json").out)
+    assert len(row["published"]) == 275 and row["tables"] == ["7"] and set(row["remarks"]) == set("dpjk")
+    assert json.loads(kvcli("list", "presets", "demo", "--json").out)["published"] == []
+    assert kvcli("list", "presets", "demo").code == 0
+
+
+@pytest.mark.parametrize(
+    "args, what",
+    [
+        (("tasks", "gsm"), "unknown task 'gsm'"),
+        (("presets", "dem"), "unknown preset 'dem'"),
+        (("models", "testbed"), "kvcli list models takes no name"),
+    ],
+)
+def test_an_unknown_name(kvcli, args, what):
+    done = kvcli("list", *args)
+    assert done.code == 2 and what in done.err
 
 
 def test_models(kvcli):

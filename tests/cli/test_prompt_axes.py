@@ -5,7 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-SWEEP = ("sweep", "--task", "tb_knowledge", "--method", "snapkv", "--ratio", "0.2", "--limit", "2", "--max-new-tokens", "3")
+SWEEP = (
+    "sweep",
+    "--task",
+    "tb_knowledge",
+    "--method",
+    "snapkv",
+    "--ratio",
+    "0.2",
+    "--limit",
+    "2",
+    "--max-new-tokens",
+    "3",
+)
 
 
 def records(folder: Path) -> list[dict]:  # type: ignore[type-arg]
@@ -73,3 +85,22 @@ def test_prompts_that_are_too_long_are_cut_only_when_asked_and_counted(kvcli, tm
     for record in records(tmp_path / "b"):
         assert record["n_prompt"] == 300
         assert record["truncated"] > 100
+
+
+def test_prompts_longer_than_asked_for_are_left_out_and_counted(kvcli, tmp_path: Path):
+    """Of two tasks one is too long: the other runs, and what was left out is said and kept in run.json."""
+    folder = tmp_path / "run"
+    done = kvcli(
+        "sweep", "--task", "tb_knowledge,tb_longgen", "--method", "snapkv", "--ratio", "0.2", "--limit", "3",
+        "--out", folder, "--max-prompt-tokens", "430",
+    )  # fmt: skip
+    assert done.code == 0
+    facts = json.loads((folder / "run.json").read_text())["tasks"]
+    left = {name: f["too_long"] for name, f in facts.items()}
+    kept = {name: len({r["sample_id"] for r in records(folder) if r["task"] == name}) for name in facts}
+    assert all(left[name] + kept[name] == 3 for name in facts)
+    assert any(left.values())
+    assert any(kept.values())
+    for name in facts:
+        assert (f"{name}: {left[name]} of 3 prompts left out" in done.err) == bool(left[name])
+    assert kvcli("report", folder).code == 0

@@ -56,6 +56,11 @@ def test_fewer_shots_are_the_first_ones(shared: str) -> None:
     assert [s.text for s in sample(shared, 4, seed=1).segments[:-1]] == other[:4]
 
 
+def test_facts() -> None:
+    assert TASK.reference["llama3.1-8b-instruct"] == 0.7945 and TASK.suites == ("kvfundabench",)
+    assert (TASK.data.path, TASK.data.name) == ("openai/gsm8k", "main")  # type: ignore[attr-defined]
+
+
 @pytest.mark.shared
 def test_fifty_shots_come_from_train(shared: str) -> None:
     shots = [s.text for s in sample(shared, 50).segments[:-1]]
@@ -65,6 +70,9 @@ def test_fifty_shots_come_from_train(shared: str) -> None:
         question, _, answer = text.removeprefix("Q: ").partition("\nA: ")
         assert question in questions and answer.endswith(".\n\n")
         assert not re.search("<<|>>|####", text) and "The answer is " in answer
+    assert [s.text for s in sample(shared, 9).segments[:-1]] == shots[:9], "more than the file's 8: all from train"
+    turned = TASK.samples(shots=50, shot_seed=0, limit=1, data_dir=shared, shot_order=2)[0].segments[:-1]
+    assert sorted(s.text for s in turned) == sorted(shots) and [s.text for s in turned] != shots
 
 
 @pytest.mark.shared

@@ -265,3 +265,52 @@ def test_the_cache_is_used_when_the_hub_is_away(monkeypatch: pytest.MonkeyPatch)
     (sample,) = load_task("gsm8k").samples(shots=8, shot_seed=0, limit=5, data_dir=None)
     assert seen == [True, True] and datasets.config.HF_HUB_OFFLINE is before
     assert sample.target == "4" and len(sample.segments) == 9 and sample.meta["where"] == "openai/gsm8k/test row 1"
+
+
+def test_harmful_rows_are_not_quoted_in_messages(place: Place) -> None:
+    place.split("test", [{"question": "do the bad thing", "answer": {"do": "the bad thing"}}])
+    error = fails(place, "the templates do not fit this row, whose text is not shown", "harmful: true\n")
+    assert "bad thing" not in " ".join(error.lines())
+
+
+@pytest.mark.parametrize(
+    ("task", "path", "name", "splits"),
+    [
+        ("gsm8k", "openai/gsm8k", "main", ["test", "train"]),
+        ("mmlu", "cais/mmlu", "all", ["test", "dev"]),
+        ("mmlu_mc", "cais/mmlu", "all", ["test", "dev"]),
+        ("commonsense_qa", "tau/commonsense_qa", None, ["validation", "train"]),
+        ("commonsense_qa_mc", "tau/commonsense_qa", None, ["validation", "train"]),
+        ("arc_challenge", "allenai/ai2_arc", "ARC-Challenge", ["test", "validation"]),
+        ("mgsm_en", "juletxara/mgsm", "en", ["test", "train"]),
+        ("mgsm_zh", "juletxara/mgsm", "zh", ["test", "train"]),
+    ],
+)
+def test_what_is_asked_of_the_hub(
+    task: str, path: str, name: str | None, splits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row that suits all of them, in the hub's columns; splits are asked for as the hub names them."""
+    row = {
+        "question": "q?", "subject": "s", "choices": ["a", "b", "c", "d"], "answer": "#### 3", "answer_number": 3,
+        "answerKey": "A",
+    }  # fmt: skip
+    if task.startswith("mmlu"):
+        row["answer"] = 3
+    if task.startswith(("arc", "common")):
+        row["choices"] = {"text": ["v", "w", "x", "y", "z"], "label": list("ABCDE")}
+    asked: list[tuple[str | None, str | None, str]] = []
+
+    def load(source: DataSet, split: str) -> list[dict[str, Any]]:
+        asked.append((source.path, source.name, split))
+        return (
+            [{**row, "answer": "Step-by-Step Answer: so 3"}] * 9
+            if (split, path) == ("train", "juletxara/mgsm")
+            else [row] * 60
+        )
+
+    monkeypatch.setattr(hub, "unreachable", lambda *source: "away")
+    monkeypatch.setattr(data, "_load_dataset", load)
+    shots = {"gsm8k": 50}.get(task, load_task(task).shots)
+    samples = load_task(task).samples(shots=shots, shot_seed=0, limit=3, data_dir=None)
+    assert asked == [(path, name, split) for split in splits] and len(samples) == 3
+    assert sum(s.region == "shot" for s in samples[0].segments) == shots

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvcli.errors import KvcliError
 from kvcli.evals.loader import load_task
 from kvcli.evals.spec import Sample, Segment
 from kvcli.models.prompt import Prompt, build_prompt
 from kvcli.testbed.model import build_tokenizer
+from tests.models.golden.views import VIEWS, View
+from tests.models.golden.views import real as cached
 
 FOLDER = Path(__file__).parents[3] / "shared" / "tokenizers"
 REAL = ("gpt2", "TinyLlama-1.1B-Chat-v1.0", "Qwen2.5-0.5B-Instruct", "Qwen3-8B")
@@ -63,8 +67,8 @@ def covered(prompt: Prompt) -> bool:
     return gapless and all(len(r) > 0 for r in prompt.regions) and prompt.text.startswith(whole)
 
 
-def texts(prompt: Prompt, kind: str) -> list[str]:
-    return [prompt.span_text((r.start, r.end)) for r in prompt.regions if r.kind == kind]
+def texts(prompt: Prompt, *kinds: str) -> list[str]:
+    return [prompt.span_text((r.start, r.end)) for r in prompt.regions if r.kind in kinds]
 
 
 @pytest.mark.shared
@@ -139,9 +143,94 @@ def test_chat_with_a_system_message(chatty: Any) -> None:
 
 
 @pytest.mark.shared
-def test_qwen3_does_not_think() -> None:
+def test_qwen3_thinks_only_where_asked() -> None:
     prompt = build_prompt(SAMPLE, real("Qwen3-8B"))
     assert prompt.text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert build_prompt(SAMPLE, real("Qwen3-8B"), thinking=True).text.endswith("<|im_start|>assistant\n")
+
+
+NO_SYSTEM = {
+    "raises": "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}",
+    "takes turns": "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}",
+    "leaves it out": "",
+}
+USER_ONLY = "{% for m in messages if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]{% endfor %}"
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("refusal", NO_SYSTEM.values(), ids=NO_SYSTEM)
+def test_a_template_without_a_system_message_gets_it_in_the_users(refusal: str) -> None:
+    tokenizer = real("gpt2")
+    tokenizer.chat_template = refusal + USER_ONLY
+    prompt = build_prompt(SAMPLE, tokenizer, system="Be brief.")
+    assert covered(prompt) and prompt.text.startswith("[INST] Be brief.\n\nAnswer the question.\n\n")
+    assert [r.label for r in prompt.regions][:3] == ["special", "system", "context"]
+    assert texts(prompt, "question") == [SAMPLE.segments[-1].text]
+    assert "Be brief" not in build_prompt(SAMPLE, tokenizer).text
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("view", VIEWS, ids=[view.name for view in VIEWS])
+def test_a_system_text_comes_first_and_brings_no_second_bos(view: View) -> None:
+    prompt = view.build(SAMPLE, system="  Be brief — 北京.\n")
+    assert covered(prompt) and prompt.text.count("Be brief") == 1
+    assert view.bos == (prompt.ids.count(view.tokenizer.bos_token_id) if view.tokenizer.bos_token else 0)
+    first = next(r for r in prompt.regions if r.kind == "system")
+    assert prompt.span_text((first.start, first.end)).strip().startswith("Be brief — 北京.")
+    assert texts(prompt, "shot") == SHOTS
+    plain = view.build(SAMPLE)
+    assert texts(plain, "shot", "question") == texts(prompt, "shot", "question")
+    assert build_prompt(SAMPLE, view.tokenizer, template=view.template, thinking=view.thinking, system="") == plain
+
+
+PARTS = [
+    "a",
+    " ",
+    "\n",
+    "\n\n",
+    "  ",
+    "Q:",
+    " the dog",
+    "🙂",
+    "北京",
+    "é",
+    "e\u0301",
+    "1,234",
+    "'s",
+    "<s>",
+    "</s>",
+    ".",
+    "",
+]
+SEGMENTS = st.lists(
+    st.tuples(st.lists(st.sampled_from(PARTS), max_size=6).map("".join), st.sampled_from(["context", "question"])),
+    min_size=1,
+    max_size=6,
+)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", REAL)
+@given(parts=SEGMENTS)
+def test_a_token_belongs_to_the_segment_its_first_character_stands_in(name: str, parts: list[tuple[str, str]]) -> None:
+    """Told token by token: white space at its front aside, and never back to an earlier segment."""
+    sample = Sample("1", tuple(Segment(*part) for part in parts), "")
+    tokenizer = cached(name)
+    if not sample.text:
+        return
+    prompt = build_prompt(sample, tokenizer, template="raw")
+    encoded = tokenizer(sample.text, add_special_tokens=False, return_offsets_mapping=True)
+    owners, reached = ["special"] * (len(prompt.ids) - len(encoded["input_ids"])), 0
+    for start, end in encoded["offset_mapping"]:
+        inked = [c for c in range(start, end) if not sample.text[c].isspace()]
+        reached = max(reached, inked[0] if inked else start)
+        at = 0
+        for text, region in parts:
+            if text and at <= min(reached, len(sample.text) - 1):
+                owner = region
+            at += len(text)
+        owners.append(owner)
+    assert [r.label for r in prompt.regions for _ in range(len(r))] == owners
 
 
 @pytest.mark.shared
@@ -162,7 +251,8 @@ def test_a_template_that_strips_the_message(chatty: Any) -> None:
 @pytest.mark.parametrize(
     ("template", "why"),
     [
-        ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}", "no system role"),
+        ("{{ raise_exception('no such models') }}", "no such models"),
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}", "0 times"),
         ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "0 times"),
         ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "2 times"),
         ("{% for m in messages %}{{ m.content | replace('Q:', 'X:') }}{% endfor %}", "changes the text"),

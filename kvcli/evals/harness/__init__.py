@@ -1,0 +1,1 @@
+"""Tasks of lm-evaluation-harness (the package lm-eval) under compression: docs/lm-eval.md."""

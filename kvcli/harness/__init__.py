@@ -1,0 +1,1 @@
+"""kvcli as a model of lm-evaluation-harness (the package lm-eval): docs/lm-eval.md."""
