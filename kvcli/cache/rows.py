@@ -70,14 +70,12 @@ def payload_bytes(kept: Kept, dims: Sequence[tuple[int, int]]) -> int:
 def place(out: Tensor, dense: Tensor, form: Tensor | list[Tensor]) -> None:
     """Copies the kept pairs of [H_kv, n, D] to the left end of out [H_kv, S, D]; the rest stays what it was."""
     device = dense.device
-    if not isinstance(form, list) and form.dim() == 1:
-        if len(form) == dense.shape[1]:
-            out[:, : len(form)] = dense
-        else:
-            torch.index_select(dense, 1, form.to(device), out=out[:, : len(form)])
-        return
-    if not isinstance(form, list) and device.type != "cpu":  # one call instead of one per head
+    if not isinstance(form, list) and form.dim() == 1 and len(form) == dense.shape[1]:
+        out[:, : len(form)] = dense
+    elif isinstance(form, list) or device.type == "cpu":  # on a CPU a target in one piece is worth a call per head
+        for head, positions in enumerate(head_positions(form, dense.shape[0])):
+            torch.index_select(dense[head], 0, positions.to(device), out=out[head, : len(positions)])
+    elif form.dim() == 1:
+        torch.index_select(dense, 1, form.to(device), out=out[:, : len(form)])
+    else:
         out[:, : form.shape[1]] = dense.gather(1, form.to(device)[..., None].expand(-1, -1, dense.shape[-1]))
-        return
-    for head, positions in enumerate(head_positions(form, dense.shape[0])):
-        torch.index_select(dense[head], 0, positions.to(device), out=out[head, : len(positions)])

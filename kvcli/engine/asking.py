@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -16,6 +16,7 @@ from kvcli.cache.budget import Budget
 from kvcli.cache.rows import STORED_BYTES, Kept, Row, head_positions, kept_counts, payload_bytes
 from kvcli.cache.stored import Layers, StoredRow
 from kvcli.engine.generate import Ask, Start, StopRules, end_tokens
+from kvcli.engine.own_prefills import Own, OwnPrefills
 from kvcli.engine.plan import Anchor, Cell, ratio_of
 from kvcli.engine.pool import Cap, PoolRow
 from kvcli.engine.prefilling import Ready
@@ -27,7 +28,7 @@ from kvcli.grammar import round_half_up
 from kvcli.methods.base import Block, Merge, Method, Selection, Transform
 from kvcli.methods.composed import merge_of, transform_of
 from kvcli.methods.context import Context
-from kvcli.models.pruned_prefill import pruned_prefill
+from kvcli.models.pruned_prefill import Pruned
 from kvcli.models.wrapper import Model
 
 MATCHED = Decimal("0.01")
@@ -80,16 +81,25 @@ class Asker:
     options: Options
     method: Callable[[Cell | Anchor], Method]
 
-    def ask(self, prompts: PromptSet, sample: int, cell: Cell, ready: Ready) -> Ask:
-        """The row of one cell; its tag is a `Choice`. Raises what the method raises, and BadSelection."""
+    def __post_init__(self) -> None:
+        self.own = OwnPrefills(self.model)
+
+    def ask(
+        self, prompts: PromptSet, sample: int, cell: Cell, ready: Ready, coming: Iterable[tuple[int, Cell]] = ()
+    ) -> Ask:
+        """The row of one cell; its tag is a `Choice`. Raises what the method raises, and BadSelection.
+
+        coming: rows of the same context (sample and cell) that will be asked for, in their order.
+        """
         started = time.perf_counter()
         ctx = dataclasses.replace(ready.context, seed=cell.seed or 0)
-        matched = None if cell.match is None else self._bytes_of(cell.match, ctx)
-        budget = self._budget(cell, ctx, matched)
+        matched, budget = self._sized(cell, ctx)
         method = self.method(cell)
         payload = None
         if method.kind == "in-prefill":
-            selection, row, logits = self._pruned(method, ctx, budget)
+            mine = Own((sample, cell.id), cell.method, method, budget)
+            done = self.own.take(ctx, mine, self._owns(coming, ctx))
+            selection, row, logits = _pruned(done, method, ctx, budget)
         else:
             selection, logits = self._selected(method, ctx, budget, cell), ready.logits
             pairs = _pairs(method, ctx, selection.kept)
@@ -150,12 +160,18 @@ class Asker:
             return Budget.of_ratio(ratio, ctx.n, *size)
         return Budget.of_size(cell.budget or ctx.n, ctx.n, *size)
 
-    def _pruned(self, method: Any, ctx: Context, budget: Budget) -> tuple[Selection, Row, Tensor]:
-        """A prefill of its own: what it kept, where that stands in the prompt, and its own logits."""
-        done = pruned_prefill(self.model, ctx.token_ids, method, budget)
-        selection = checked(Selection(done.positions, done.flags, notes=done.notes), method, ctx, budget)
-        whole = [torch.arange(len(positions)) for positions in done.positions]
-        return selection, Row(done.keys, done.values, whole), done.logits
+    def _sized(self, cell: Cell, ctx: Context) -> tuple[int | None, Budget]:
+        """The bytes that a row is held to, if any, and its budget."""
+        matched = None if cell.match is None else self._bytes_of(cell.match, ctx)
+        return matched, self._budget(cell, ctx, matched)
+
+    def _owns(self, rows: Iterable[tuple[int, Cell]], ctx: Context) -> Iterator[Own]:
+        """Those of these rows that prefill for themselves."""
+        for sample, cell in rows:
+            method = self.method(cell)
+            if method.kind == "in-prefill":
+                _, budget = self._sized(cell, dataclasses.replace(ctx, seed=cell.seed or 0))
+                yield Own((sample, cell.id), cell.method, method, budget)
 
     def _row(self, cell: Cell, method: Method, ctx: Context, selection: Selection, pairs: Pairs, budget: Budget) -> Row:
         """The row's kept pairs; in the compressed mode the last prompt token leaves and is fed again."""
@@ -215,6 +231,13 @@ class Asker:
         if self.options.ignore_eos:
             return StopRules(length)
         return StopRules(length, end_tokens(self.model), prompts.task.until)
+
+
+def _pruned(done: Pruned, method: Method, ctx: Context, budget: Budget) -> tuple[Selection, Row, Tensor]:
+    """Of a prefill of its own: what it kept, where that stands in the prompt, and its own logits."""
+    selection = checked(Selection(done.positions, done.flags, notes=dict(done.notes)), method, ctx, budget)
+    whole = [torch.arange(len(positions)) for positions in done.positions]
+    return selection, Row(done.keys, done.values, whole), done.logits
 
 
 Pairs = tuple[Sequence[Tensor], Sequence[Tensor], Kept]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from kvcli.cache.kv_cache import CompressedCache
@@ -187,7 +187,9 @@ class _Waiting:
         while self.at < len(self.rows):
             sample, cell = self.rows[self.at]
             try:
-                ask = decoding.runner.asker.ask(decoding.prompts, sample, cell, decoding.ready[sample])
+                ask = decoding.runner.asker.ask(
+                    decoding.prompts, sample, cell, decoding.ready[sample], self._beside(sample)
+                )
             except SharedContextWritten:
                 raise
             except Exception as error:
@@ -198,6 +200,12 @@ class _Waiting:
                 self.at += 1
                 return ask
         raise StopIteration
+
+    def _beside(self, sample: int) -> Iterator[tuple[int, Cell]]:
+        """The rows of the same context that are still to come."""
+        ready = self.decoding.ready
+        mine = ready[sample].context
+        return (row for row in islice(self.rows, self.at + 1, None) if ready[row[0]].context is mine)
 
     def skip(self) -> tuple[int, Cell]:
         """Leaves the next row out."""

@@ -199,6 +199,7 @@ class Runner:
                 self._samples(prompts, batch, todo, part)
             return
         self.comparer.clear()
+        self.asker.own.clear()
         for decode in todo:
             if not self.stopping():
                 before = len(self.done)
@@ -211,6 +212,7 @@ class Runner:
         self.comparer.memory = Workspace()
         self.prefiller.clear()
         self.comparer.clear()
+        self.asker.own.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -12,13 +12,14 @@ import pytest
 
 from kvcli.cache.kv_cache import CompressedCache
 from kvcli.config import SweepConfig
-from kvcli.engine import asking, prefilling
+from kvcli.engine import prefilling
 from kvcli.engine.asking import Options
 from kvcli.engine.estimate import Estimate, Sizes, estimate, rows_that_fit
 from kvcli.engine.plan import Plan
 from kvcli.engine.prepare import check
 from kvcli.engine.session import Session, execute, open_session
 from kvcli.methods import catalog
+from kvcli.models import pruned_prefill
 from kvcli.models.wrapper import PROBE, Model
 from tests.engine import tiny
 from tests.engine.asks import of_length, sweep
@@ -40,16 +41,17 @@ class Ran:
 def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
     seen = Ran()
     prefill, pruned, again, advance = (
-        Model.prefill, asking.pruned_prefill, prefilling.reconstruction, CompressedCache.advance)  # fmt: skip
+        Model.prefill, pruned_prefill._run, prefilling.reconstruction, CompressedCache.advance)  # fmt: skip
 
     def counted(self: Model, prompts: Sequence[Sequence[int]], *args: Any, **kw: Any) -> Any:
         if [list(p) for p in prompts] != [list(PROBE)]:
             seen.dense += sum(map(len, prompts))
         return prefill(self, prompts, *args, **kw)
 
-    def counted_pruned(model: Model, ids: list[int], *args: Any) -> Any:
-        seen.pruned += len(ids)
-        return pruned(model, ids, *args)
+    def counted_pruned(model: Model, ids: list[int], asked: list[Any]) -> Any:
+        if list(ids) != list(PROBE):
+            seen.pruned += len(asked) * len(ids)
+        return pruned(model, ids, asked)
 
     def counted_again(*args: Any) -> Any:
         found = again(*args)
@@ -61,7 +63,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
         seen.caches = max(seen.caches, self.memory.nbytes())
 
     monkeypatch.setattr(Model, "prefill", counted)
-    monkeypatch.setattr(asking, "pruned_prefill", counted_pruned)
+    monkeypatch.setattr(pruned_prefill, "_run", counted_pruned)
     monkeypatch.setattr(prefilling, "reconstruction", counted_again)
     monkeypatch.setattr(CompressedCache, "advance", measured)
     return seen

@@ -294,8 +294,8 @@ def test_a_row_of_nan_is_recorded_without_figures(exact: Model, monkeypatch: pyt
     sound, _ = sweep(exact, config, prompts, OPTIONS)
     ask = Asker.ask
 
-    def spoiled(self: Asker, prompts: Any, sample: int, cell: Cell, ready: Any) -> Any:
-        found = ask(self, prompts, sample, cell, ready)
+    def spoiled(self: Asker, prompts: Any, sample: int, cell: Cell, ready: Any, *more: Any) -> Any:
+        found = ask(self, prompts, sample, cell, ready, *more)
         if (sample, cell.method) == (1, "snapkv"):
             found.row.values = [torch.full_like(v, float("nan")) for v in found.row.values]
         return found
