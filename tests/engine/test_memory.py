@@ -363,10 +363,10 @@ def never_fits(monkeypatch: pytest.MonkeyPatch, which: Callable[[Any, int], bool
     """Selections of some (cell, sample) always run out of memory."""
     ask = Asker.ask
 
-    def limited(self: Asker, prompts: Any, sample: int, cell: Any, ready: Any) -> Any:
+    def limited(self: Asker, prompts: Any, sample: int, cell: Any, ready: Any, *more: Any) -> Any:
         if which(cell, int(ready.context.sample_id[1:])):
             raise torch.OutOfMemoryError("no memory at all")
-        return ask(self, prompts, sample, cell, ready)
+        return ask(self, prompts, sample, cell, ready, *more)
 
     monkeypatch.setattr(Asker, "ask", limited)
 
