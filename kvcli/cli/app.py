@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "plot": ("kvcli.cli.plot", "Draw score and loss against the measured kept ratio."),
     "attn-map": ("kvcli.cli.attn_map", "Draw what a model attends to and what methods throw away."),
+    "export": ("kvcli.cli.export", "Write results as CSV, Parquet, lm-eval or Every Eval Ever files."),
     "show": ("kvcli.cli.show", "Print one prompt with kept tokens marked and all outputs."),
     "list": ("kvcli.cli.list", "List methods, tasks, models, presets or result folders."),
     "prefetch": (

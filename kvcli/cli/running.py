@@ -157,13 +157,20 @@ def _weights(text: str) -> str:
     return "" if text == "dense" else f", {text}"
 
 
+def _prompts(group: Any) -> str:
+    """'8 shots, seed 1, order 2, agnostic': what is not the usual."""
+    parts = [f"{group.shots} shot{'s' * (group.shots != 1)}"]
+    parts += [f"{name} {value}" for name, value in (("seed", group.shot_seed), ("order", group.shot_order)) if value]
+    return ", ".join([*parts, *([group.query] if group.query != "aware" else [])])
+
+
 def _details(facts: Any) -> list[str]:
     """Prefill groups, storage kinds and memory, for --dry-run."""
     lines = ["prefill groups"]
     for g in facts.groups:
         cells = f"{g.cells} cell{'s' * (g.cells != 1)} x {g.prompts} prompts"
         lines.append(
-            f"  {g.task}, {g.shots} shot{'s' * (g.shots != 1)}{_weights(g.weights)}: {cells}, "
+            f"  {g.task}, {_prompts(g)}{_weights(g.weights)}: {cells}, "
             f"{_SHARING[g.sharing]}: {g.tokens:,} tokens instead of {g.tokens_alone:,}"
         )
     lines.append("storage kinds")

@@ -150,32 +150,36 @@ def facts_of_sample(folder: Path, task: str, sample: str, methods: list[str], ra
     return {**head, **{name: groups[0][name] for name in ("target", "prompt", "cells")}}
 
 
-def _by_prompt(folder: Path, chosen: list[Record], records: list[Record]) -> list[tuple[str | None, int, list[Record]]]:
-    """(hash, shot seed, its records) of every distinct prompt, fewest shots first.
+def _by_prompt(
+    folder: Path, chosen: list[Record], records: list[Record]
+) -> list[tuple[str | None, tuple[int, int], list[Record]]]:
+    """(hash, shot seed and order, its records) of every distinct prompt, fewest shots first.
 
     A failed record names no prompt: it belongs to that of the sample's other records with its shots and shot seed.
     """
     described = store.read_run(folder).get("cells") or {} if (folder / store.RUN).is_file() else {}
 
-    def shots(record: Record) -> tuple[int, int]:
-        return record["shots"] or 0, (described.get(record["cell_id"]) or {}).get("shot_seed") or 0
+    def shots(record: Record) -> tuple[int, int, int]:
+        cell = described.get(record["cell_id"]) or {}
+        seed, order = (record.get(n) or cell.get(n) or 0 for n in ("shot_seed", "shot_order"))
+        return record["shots"] or 0, seed, order
 
     known = {shots(record): record["prompt_sha"] for record in records if record["prompt_sha"]}
     groups: dict[Any, list[Record]] = {}
     for record in chosen:
         groups.setdefault(record["prompt_sha"] or known.get(shots(record)) or shots(record), []).append(record)
-    found = [(sha if isinstance(sha, str) else None, shots(group[0])[1], group) for sha, group in groups.items()]
+    found = [(sha if isinstance(sha, str) else None, shots(group[0])[1:], group) for sha, group in groups.items()]
     return sorted(found, key=lambda f: shots(f[2][0]))
 
 
 def _group(
-    folder: Path, sha: str | None, shot_seed: int, records: list[Record], prompts: dict[str, Any]
+    folder: Path, sha: str | None, which: tuple[int, int], records: list[Record], prompts: dict[str, Any]
 ) -> dict[str, Any]:
     """One prompt of the sample with its cells."""
     target = next((record["target"] for record in records if record["target"] is not None), None)
     return {
-        "prompt_sha": sha, "shots": records[0]["shots"], "shot_seed": shot_seed, "target": target,
-        "prompt": prompts.get(sha) if sha else None,
+        "prompt_sha": sha, "shots": records[0]["shots"], "shot_seed": which[0], "shot_order": which[1],
+        "target": target, "prompt": prompts.get(sha) if sha else None,
         "cells": [{**_cell(record), "kept_share": _share(folder, record)} for record in records],
     }  # fmt: skip
 
@@ -191,7 +195,7 @@ def _named(record: Record, methods: list[str], ratios: list[Decimal]) -> bool:
 
 def _cell(record: Record) -> dict[str, Any]:
     fields = (
-        "cell_id", "method", "ratio", "budget", "measured_ratio", "first_token", "shots", "seed", "draw",
+        "cell_id", "method", "ratio", "budget", "measured_ratio", "first_token", "query", "shots", "seed", "draw",
         "decode", "weights", "match", "status", "error",
         "score", "extracted", "output", "finish", "flags", "n_prompt", "kept", "kept_by_region",
     )  # fmt: skip
@@ -230,7 +234,9 @@ def _label(group: dict[str, Any], groups: list[dict[str, Any]]) -> str:
     parts = [shots]
     if len({g["shot_seed"] for g in groups}) > 1:
         parts.append(f"shot seed {group['shot_seed']}")
-    if sum((g["shots"], g["shot_seed"]) == (group["shots"], group["shot_seed"]) for g in groups) > 1:
+    if len({g["shot_order"] for g in groups}) > 1:
+        parts.append(f"shot order {group['shot_order']}")
+    if sum(all(g[n] == group[n] for n in ("shots", "shot_seed", "shot_order")) for g in groups) > 1:
         parts.append(f"prompt {(group['prompt_sha'] or 'not recorded')[:12]}")
     return ", ".join(parts)
 
@@ -256,11 +262,17 @@ def _show_prompt(facts: dict[str, Any], long: bool) -> None:
 
 def _name(cell: dict[str, Any]) -> str:
     mode = "" if cell["first_token"] in ("compressed", "n/a", None) else f", first token from {cell['first_token']}"
-    seed = f", seed {cell['seed']}" if cell["seed"] else ""
-    draw = f", draw {cell['draw']}" if cell.get("draw") else ""
+    apart = f", {_told_apart(cell)}" if _told_apart(cell) else ""
     decode = names.decoding(cell.get("decode"))
     weights = f", {_weights(cell)}" if _weights(cell) else ""
-    return f"{cell['method']} {_size(cell)}{weights}{', ' * bool(decode)}{decode}{mode}{seed}{draw}"
+    return f"{cell['method']} {_size(cell)}{weights}{', ' * bool(decode)}{decode}{mode}{apart}"
+
+
+def _told_apart(cell: dict[str, Any]) -> str:
+    """'agnostic, seed 1, draw 2': what tells cells of one method and size from each other."""
+    query = cell.get("query") or "aware"
+    parts = [query] * (query != "aware") + [f"seed {cell['seed']}"] * bool(cell["seed"])
+    return ", ".join([*parts, *[f"draw {cell['draw']}"] * bool(cell.get("draw"))])
 
 
 def _weights(cell: dict[str, Any]) -> str:
@@ -284,7 +296,7 @@ def _row(cell: dict[str, Any], long: bool) -> tuple[Any, ...]:
         text = " ".join(text.split())
         text = text if len(text) <= 100 else text[:97] + "..."
     measured, score = _short(cell["measured_ratio"]), _short(cell["score"])
-    extras = [names.decoding(cell.get("decode")), f"draw {cell['draw']}" if cell.get("draw") else "", _weights(cell)]
+    extras = [names.decoding(cell.get("decode")), _weights(cell), _told_apart(cell)]
     method = " ".join(filter(None, [cell["method"], *(f"[{x}]" for x in extras if x)]))
     return method, _size(cell), measured, score, cell["extracted"], " ".join(cell["flags"] or []) or "-", text
 

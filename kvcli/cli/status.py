@@ -56,7 +56,8 @@ def _planned(run: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, in
         limit = generation.get("grid", {}).get("limit")
         for cell in generation.get("cells", []):
             task = cells.get(cell, {}).get("task", "")
-            has = run.get("tasks", {}).get(task, {}).get("samples") or limit or most[task]
+            known = run.get("tasks", {}).get(task, {}).get("samples")
+            has = (limit or most[task]) if known is None else known
             planned[cell] = max(planned.get(cell, 0), min(has, limit or has))
     return planned
 

@@ -119,10 +119,11 @@ class Asker:
         return Ask(row, start, self._rules(prompts), sampler, choice, prompt.options)
 
     def _selected(self, method: Method, ctx: Context, budget: Budget, cell: Cell) -> Selection:
-        """The method's selection; of a context that many questions are asked about, made once per cell."""
+        """The method's selection; of a context that many questions are asked about, made once per method and size."""
         if cell.query == "aware":
             return select(method, ctx, budget)
-        return ctx.once(("selected", cell.id), lambda: select(method, ctx, budget))
+        seed = ctx.seed if method.seeded else None
+        return ctx.once(("selected", cell.method, budget, seed), lambda: select(method, ctx, budget))
 
     def _bytes_of(self, anchor: Anchor, ctx: Context) -> int:
         """Bytes of what the anchor keeps of this prompt: it really selects and stores it, once per prompt and seed."""

@@ -68,6 +68,9 @@ def _run(
     one = build is not CompressedCache
     for first, logits in passes(model, cache, begins, [line.fed for line in lines], 1 if one else WIDE):
         _add(outputs, asks, lines, first, logits)
+        for r, line in enumerate(lines):
+            if one and first == len(asks[line.ask].start.follow) > 0:
+                outputs[line.ask].prompted = cache.payload(r)
     for r, line in enumerate(lines):
         output = outputs[line.ask]
         output.alloc = cache.nbytes() // len(lines)

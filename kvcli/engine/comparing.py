@@ -96,7 +96,7 @@ class Comparer:
             for i, answer, distance in zip(part, answers, measured, strict=True):
                 choice = asks[i].tag
                 found[i] = distance
-                if choice.logits is not None:
+                if choice.logits is not None and choice.cell.query == "aware":
                     whole = ready[choice.sample].logits
                     found[i] = fidelity.with_first(distance, whole, choice.logits, answer.ids[0])
         return found

@@ -64,6 +64,9 @@ class Group:
 
     task: str
     shots: int
+    shot_seed: int
+    shot_order: int
+    query: str
     weights: str
     sharing: int
     cells: int
@@ -267,7 +270,21 @@ def _groups(prompt_sets: dict[PromptKey, PromptSet], parts: Sequence[_Part], met
             new = sorted(some - dense)  # the first group of a prompt pays for its dense prefill
             dense |= some
             tokens = own + (_shared_tokens([prompts.parts[i] for i in new]) if new else 0)
-            found.append(Group(key.task, key.shots, weights, sharing, len(cells), len(some), tokens, alone))
+            found.append(
+                Group(
+                    key.task,
+                    key.shots,
+                    key.shot_seed,
+                    key.shot_order,
+                    key.query,
+                    weights,
+                    sharing,
+                    len(cells),
+                    len(some),
+                    tokens,
+                    alone,
+                )
+            )
     return found
 
 

@@ -56,6 +56,8 @@ class Generated:
     """16-bit bytes read per generated token, where a method chooses what to read."""
     payload: int | None = None
     """16-bit bytes of the row's pairs at its end; None where every generated token's pair was kept as it is."""
+    prompted: int | None = None
+    """The same when the whole prompt was in the cache, where its question was fed behind a context."""
     loglikelihoods: list[float] = field(default_factory=list)
     """Of the options it was chosen from, in nats; empty where it was generated."""
 
@@ -241,6 +243,9 @@ class _Batch:
         moving[self.live] = 1  # a row that ended stays inside the model's context
         self.tokens, self.positions = logits.argmax(-1).cpu(), self.positions + moving
         answering = [r for r in self.live if not self._follows(r)]
+        for r in answering:
+            if self.asks[r].start.follow and not self.outputs[r].ids:
+                self.outputs[r].prompted = self.cache.payload(r)
         for r in answering:
             choose = self.asks[r].choose
             if choose is not None:

@@ -214,7 +214,9 @@ def make_cells(config: SweepConfig, tasks: Iterable[Task], facts: dict[str, Any]
 def prompt_keys(config: SweepConfig, task: Task) -> list[PromptKey]:
     """The prompt sets of one task."""
     axes = (config.shots or (task.usual_shots,), config.shot_seeds, config.shot_orders, config.query)
-    return [PromptKey(task.name, *values) for values in product(*axes)]
+    keys = (PromptKey(task.name, *values) for values in product(*axes))
+    first = (config.shot_seeds[0], 0)  # without shots there are no others to draw or to order
+    return list(dict.fromkeys(key if key.shots else PromptKey(key.task, 0, *first, key.query) for key in keys))
 
 
 def _first_tokens(config: SweepConfig, method: Method, prompts: PromptKey) -> tuple[str, ...]:
@@ -269,14 +271,17 @@ def _method_cells(
         what = f"{text} may evict the last prompt token, which is fed again through the compressed cache"
         raise KvcliError(what, given=f"--method {text} --first-token {first_token}", fix="--first-token prefill")
     profile = profiles.check_profiles(parse_model(config.model), method.needs())
+    generated = task.output_type != "multiple_choice"
+    drawn = bool(config.temperature) and generated
+    draws = config.draws if drawn else 1
     for ratio, budget, anchor in sizes:
         more: dict[str, Any] = {"match": _anchor_key(config, anchor)} if anchor else {}
         more |= {"head_profile": profile} if profile else {}
         more |= {"shot_order": prompts.shot_order} if prompts.shot_order else {}
-        seeded = method.seeded or config.temperature or (anchor and catalog.build(anchor.method).seeded)
+        seeded = method.seeded or drawn or (anchor and catalog.build(anchor.method).seeded)
         for seed in config.seeds if seeded else (None,):
-            for decode in decode_settings(config, method, ratio):
-                for draw in range(config.draws):
+            for decode in decode_settings(config, method, ratio) if generated else (None,):
+                for draw in range(draws):
                     key = {
                         **facts,
                         "task": task.name, "task_version": task.version, "task_digest": own_digest(task),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -46,6 +46,8 @@ class Prefiller:
     """How long an answer may be where the run says it, not the task."""
     _given: dict[str, Callable[[], Any]] = field(default_factory=dict, repr=False)
     _shared: dict[Any, tuple[list[tuple[int, ...]], PrefixCache]] = field(default_factory=dict)
+    _context_before: tuple[Any, Ready] | None = None
+    """The context that the last question was asked about: the next batch's may be about the same."""
 
     def run(self, prompts: PromptSet, batch: PrefillBatch, rows: Sequence[int], names: set[str]) -> dict[int, Ready]:
         """The batch's samples `rows` with the statistics `names` of `Method.needs()`."""
@@ -55,16 +57,18 @@ class Prefiller:
         cuts, prefixes = self._prefixes(prompts, batch, needs)
         groups: dict[tuple[int, ...], list[int]] = {}
         alike = _alike(prompts, batch, rows)
-        for row in alike:
+        known = self._known(prompts, batch, alike, needs)
+        for row in (row for row in alike if row not in known):
             mine = cuts[batch.start + row]
             begin = prompts.parts[batch.start + row].ids[: mine[-1]] if mine else []
             groups.setdefault(tuple(begin), []).append(row)
-        ready: dict[int, Ready] = {}
+        ready: dict[int, Ready] = dict(known)
         for shared, members in groups.items():
             prefix = prefixes.get(shared, cuts[batch.start + members[0]])
             lengths = [len(prompts.parts[batch.start + row].ids) - len(shared) for row in members]
             for some in _together(members, lengths):
                 ready.update(self._pass(prompts, [batch.start + row for row in some], some, needs, prefix))
+        self._remember(prompts, batch, ready, needs)
         for row, others in alike.items():
             ready |= {other: dataclasses.replace(ready[row], index=batch.start + other) for other in others}
         for each in ready.values():
@@ -72,8 +76,26 @@ class Prefiller:
         return {row: ready[row] for row in rows}
 
     def clear(self) -> None:
-        """Gives up the prefixes held."""
+        """Gives up what is held."""
         self._shared.clear()
+        self._context_before = None
+
+    def _known(self, prompts: PromptSet, batch: PrefillBatch, rows: Iterable[int], needs: Needs) -> dict[int, Ready]:
+        """Rows about the context that was read last."""
+        if self._context_before is None or prompts.key.query == "aware":
+            return {}
+        key, before = self._context_before
+        mine = {row: batch.start + row for row in rows}
+        return {
+            row: dataclasses.replace(before, index=at)
+            for row, at in mine.items()
+            if (prompts.key, needs, prompts.parts[at].sha) == key
+        }
+
+    def _remember(self, prompts: PromptSet, batch: PrefillBatch, ready: dict[int, Ready], needs: Needs) -> None:
+        if prompts.key.query == "agnostic":
+            last = ready[max(ready)]
+            self._context_before = (prompts.key, needs, prompts.parts[last.index].sha), last
 
     def _pass(
         self, prompts: PromptSet, indices: list[int], rows: list[int], needs: Needs, prefix: Dense | None
@@ -103,7 +125,7 @@ class Prefiller:
             def extend(ids: Sequence[int], parent: Dense | None) -> Dense:
                 return self.model.prefill_one(ids, needs, len(ids), parent, chunk=CHUNK)[0]
 
-            self.clear()  # one prompt set at a time
+            self._shared.clear()  # one prompt set at a time
             self._shared[key] = shared_cuts([p.ids for p in some], limits), PrefixCache(extend)
         return self._shared[key]
 
@@ -116,7 +138,10 @@ class Prefiller:
             keys=dense.keys, values=dense.values, column_sums=dense.column_sums, window_queries=dense.window_queries,
             scaling=scaling, sample_id=prompt.sha if agnostic else prompts.samples[index].id, seed=0,
             token_text=prompt.token_text,
-            passes={**self._given, **passes(self.model, dense, prompt.ids, prompt.regions, length, task.until)},
+            passes={
+                **self._given,
+                **passes(self.model, dense, prompt.ids, prompt.regions, length, task.until, prompts.behind(index)),
+            },
             rope=self.model.rope, o_proj=self.model.o_proj, moments=dense.moments,
         )  # fmt: skip
 
@@ -141,10 +166,11 @@ def passes(
     regions: Sequence[Region],
     max_new_tokens: int,
     until: tuple[str, ...] = (),
+    behind: Sequence[int] | None = None,
 ) -> dict[str, Callable[[], Any]]:
     """The extra passes over one prefilled prompt, each run only when a method asks for it."""
     return {
-        "reconstruction": partial(reconstruction, model, dense, ids, regions),
+        "reconstruction": partial(reconstruction, model, dense, ids, regions, behind),
         "answer": partial(_answer, model, dense, ids, max_new_tokens, until),
         "bands": lambda: partial(_band_sums, model, ids),
     }

@@ -23,7 +23,7 @@ from kvcli.engine.plan import (
     make_plan,
     prompt_keys,
 )  # fmt: skip
-from kvcli.engine.prompts import PromptMaker, PromptSet, said_of
+from kvcli.engine.prompts import NothingBefore, PromptMaker, PromptSet, said_of
 from kvcli.errors import KvcliError
 from kvcli.evals.loader import find_tasks, text_of
 from kvcli.evals.spec import Task
@@ -241,6 +241,17 @@ def _without_decode_phase(config: SweepConfig, methods: Sequence[str]) -> str:
     return f"{', '.join(kept)}: no such compression while generating, every generated token is kept" if kept else ""
 
 
+def _idle_settings(config: SweepConfig, tasks: Sequence[Task]) -> str:
+    """Names the multiple-choice tasks where settings of generated answers change nothing."""
+    choosing = [task.name for task in tasks if task.output_type == "multiple_choice"]
+    asked = ["--temperature"] * bool(config.temperature) + ["--decode-ratio"] * (config.decode_ratios != ("off",))
+    asked += ["--decode-budget"] * bool(config.decode_budgets) + ["--cap"] * (config.cap != "grow")
+    if not choosing or not asked:
+        return ""
+    idle = f"{' and '.join(asked)} change nothing there"
+    return f"{', '.join(choosing)}: options are judged, nothing is generated, so {idle}"
+
+
 MOST_UNKNOWN = 0.2
 """Share of unknown tokens above which a prompt says nothing to its model."""
 
@@ -309,8 +320,11 @@ def prepare(request: Request, limit: int | None, say: Callable[[str], None] = la
     texts = {w.text: _calibration(w, request, tokenizer, model_config) for w in request.weights if w.pruning}
     context = getattr(model_config, "max_position_embeddings", None)
     prompt_sets: dict[PromptKey, PromptSet] = {}
-    warnings: list[str] = list(filter(None, [_without_decode_phase(config, config.methods)]))
+    warnings = list(
+        filter(None, [_without_decode_phase(config, config.methods), _idle_settings(config, request.tasks)])
+    )
 
+    blind: list[NothingBefore] = []
     maker = PromptMaker(config, tokenizer, context)
     for task in request.tasks:
         for key in prompt_keys(config, task):
@@ -319,8 +333,17 @@ def prepare(request: Request, limit: int | None, say: Callable[[str], None] = la
                 say(f"reading {task.name}, {key.shots} shots")
                 same = maker.prompts(task, key, limit)
                 warnings += filter(None, [_strange_words(task, same.prompts, tokenizer), *said_of(same)])
-            prompt_sets[key] = same if key.query == "aware" else same.agnostic()
+            try:
+                prompt_sets[key] = same if key.query == "aware" else same.agnostic()
+            except NothingBefore as error:
+                blind.append(error)
+                warnings.append(
+                    f"{task.name}, {key.shots} shots: left out of --query agnostic, {error.what.partition(': ')[2]}"
+                )
     maker.check()
+    if blind and not prompt_sets:
+        raise blind[0]
+    cells = [cell for cell in cells if cell.prompt_key in prompt_sets]
     return Prepared(request, model_config, tokenizer, dtype, device, identity, cells, prompt_sets, warnings, texts)
 
 

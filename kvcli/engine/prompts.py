@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from kvcli.models.prompt import Prompt
 
 
+class NothingBefore(KvcliError):
+    """A prompt that is nothing but its question."""
+
+
 @dataclass
 class PromptSet:
     """The samples and prompts of one task under one `PromptKey`. contexts: what stands before each prompt's question,
@@ -38,11 +42,21 @@ class PromptSet:
 
     @cached_property
     def clusters(self) -> dict[str, str]:
-        """What each sample shares with others by its id: what its task says; where one selection from a context serves
-        many questions, that context."""
+        """What each sample shares with others by its id: what its task says and, where one selection from a context
+        serves many questions, that context; samples joined by either are one cluster."""
+        names = [sample.cluster for sample in self.samples]
+        if self.contexts:
+            names = _joined([[c.sha] + [f"task:{n}"] * bool(n) for c, n in zip(self.contexts, names, strict=True)])
+        return {sample.id: name for sample, name in zip(self.samples, names, strict=True)}
+
+    def behind(self, index: int) -> list[int] | None:
+        """What the template puts behind the message, where only the context is read; None where it is all there."""
         if not self.contexts:
-            return {sample.id: sample.cluster for sample in self.samples}
-        return {sample.id: context.sha for sample, context in zip(self.samples, self.contexts, strict=True)}
+            return None
+        from kvcli.models.reconstruction import trailing
+
+        prompt = self.prompts[index]
+        return prompt.ids[len(prompt.ids) - trailing(prompt.regions, ("special",)) :]
 
     @property
     def choosing(self) -> bool:
@@ -57,7 +71,7 @@ class PromptSet:
     def agnostic(self) -> PromptSet:
         """The same prompts, compressed before their question is known (DESIGN: --query agnostic).
 
-        Raises KvcliError where nothing stands before the question.
+        Raises NothingBefore where nothing stands before the question.
         """
         cut: dict[str, Prompt] = {}
         parts = []
@@ -67,13 +81,28 @@ class PromptSet:
                 what = (
                     f"{self.task.name} sample {sample.id}: nothing stands before the question that could be compressed"
                 )
-                raise KvcliError(
+                raise NothingBefore(
                     what, given=f"--query agnostic, {self.key.shots} shots", fix="--shots 4, or --query aware"
                 )
             parts.append(cut.setdefault(context.sha, context))
         return PromptSet(
             self.task, self.key._replace(query="agnostic"), self.samples, self.prompts, parts, self.too_long
         )
+
+
+def _joined(marks: Sequence[Sequence[str]]) -> list[str]:
+    """One name for each item; items that share a mark, directly or over others, share the name."""
+    root: dict[str, str] = {}
+
+    def find(mark: str) -> str:
+        while root.setdefault(mark, mark) != mark:
+            root[mark] = mark = root[root[mark]]
+        return mark
+
+    for first, *others in marks:
+        for other in others:
+            root[find(other)] = find(first)
+    return [find(first) for first, *_ in marks]
 
 
 def _before_question(prompt: Prompt) -> Prompt:

@@ -68,7 +68,7 @@ def ok_record(
     counts = [count + whole - n for layer in kept_counts(selection.kept, kv_heads) for count in layer]
     dense = whole * pair
     part = payload_bytes(selection.kept, dims) if payload is None else payload
-    kept = part + (whole - n) * pair
+    kept = part + (whole - n) * pair if output.prompted is None else output.prompted
     end = kept + max(0, len(output.ids) - 1) * pair
     flags = set(selection.flags)
     if output.left_out:

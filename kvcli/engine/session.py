@@ -18,7 +18,7 @@ from kvcli.engine.prepare import Prepared, Request, cell_facts, prepare
 from kvcli.errors import KvcliError
 from kvcli.evals.loader import text_of
 from kvcli.methods import catalog
-from kvcli.results.schema import SCHEMA
+from kvcli.results.schema import SCHEMA, prompts_name
 from kvcli.weights.spec import DENSE
 
 if TYPE_CHECKING:
@@ -160,6 +160,9 @@ def _same_samples(prepared: Prepared, folder: Path) -> set[tuple[str, str]]:
         if seen and record["cell_id"] in cells and now.get(key) != seen:
             what = f"{folder} holds results of other data for {task}"
             given = f"sample {sample} is {'another' if key in now else 'no longer among the first'}"
+            if key not in now and any(s.too_long for k, s in prepared.prompt_sets.items() if k.task == task):
+                most = prepared.request.config.max_prompt_tokens
+                what = f"{folder} holds results of prompts that --max-prompt-tokens {most} leaves out"
             raise KvcliError(what, given=given, fix="--out with another folder, or the data it was made with")
     return done
 
@@ -202,13 +205,14 @@ def task_facts(prepared: Prepared, old: dict[str, Any]) -> dict[str, Any]:
     tasks = dict(old)
     for key, prompts in prepared.prompt_sets.items():
         task, name = prompts.task, key.task
-        which = "-".join(map(str, key[1:4])).removesuffix("-0").removesuffix("-0")
+        which = prompts_name(*key[1:4])
         data = {**tasks.get(name, {}).get("data", {}), which: prompts.prompts[0].sha if prompts.prompts else ""}
         judge = {k: v for k, v in tasks.get(name, {}).items() if k == "judge"}
+        left_out = {**(tasks.get(name, {}).get("too_long") or {}), which: prompts.too_long}
         tasks[name] = {
             **judge, "ability": task.ability, "metric": task.metric, "version": task.version, "chance": task.chance,
             "harmful": task.harmful, "reference": task.reference, "suites": list(task.suites),
-            "source": task.source, "samples": len(prompts.samples), "too_long": prompts.too_long, "data": data,
+            "source": task.source, "samples": len(prompts.samples), "too_long": left_out, "data": data,
         }  # fmt: skip
     return tasks
 

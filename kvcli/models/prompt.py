@@ -111,7 +111,9 @@ def build_prompt(
     text = "".join(piece.text for piece in pieces)
     # lm-evaluation-harness, lm_eval/api/task.py: no target delimiter behind a chat template
     endings = [option.lstrip() for option in sample.options] if chat else sample.options
-    tokens, options = _with_options(text, endings, tokenizer, which) if endings else (_tokenise(text, tokenizer), [])
+    tokens, options = (
+        _with_options(text, endings, tokenizer, which, chat) if endings else (_tokenise(text, tokenizer), [])
+    )
     labels = _labels(pieces, tokens)
     new = max(map(len, options)) if options else max_new_tokens
     kept = _kept(labels, tokens.spans, Limit(which, max_prompt_tokens, context_limit, new), truncate)
@@ -139,19 +141,23 @@ def _tokenise(text: str, tokenizer: Any) -> Tokens:
     return Tokens(text, ids, spans)
 
 
-def _with_options(text: str, options: Sequence[str], tokenizer: Any, which: str) -> tuple[Tokens, list[list[int]]]:
+def _with_options(
+    text: str, options: Sequence[str], tokenizer: Any, which: str, chat: bool
+) -> tuple[Tokens, list[list[int]]]:
     """The prompt's tokens, and those of each option behind it.
 
     Rule: lm-evaluation-harness, `TemplateLM._encode_pair` (lm_eval/api/model.py). White space at the end of the
     prompt moves to the front of the options; prompt and option are tokenised together, and the option's tokens are
     those behind as many as the prompt alone has. Where a token reaches across the border, the prompt keeps its own.
-    Differs: where the white space has merged into a token of the prompt, so that moving it would lose it, and the
-    prompt's tokens with it are the beginning of all joined texts, it stays in the prompt.
+    Differs: white space stays in the prompt where it has merged into a token of the prompt, so that moving it would
+    lose it, and everywhere behind a chat template, whose last line break would else be the first token of every option:
+    a letter's own token must be what the prompt predicts. Either way only where the prompt's tokens with it are the
+    beginning of all joined texts.
     """
     joined = [text + option for option in options]
     wholes = tokenizer(joined, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
     prompt = _tokenise(text.rstrip(), tokenizer)
-    if prompt.text != text and not _all_begin(wholes, prompt):
+    if prompt.text != text and (chat or not _all_begin(wholes, prompt)):
         unmoved = _tokenise(text, tokenizer)
         prompt = unmoved if _all_begin(wholes, unmoved) else prompt
     found = [list(whole[len(prompt.ids) - prompt.front :]) for whole in wholes]
@@ -239,7 +245,8 @@ def _too_long(n: int, fixed: int, limit: Limit, truncate: str | None) -> KvcliEr
     least = fixed if truncate else n
     stays = f", {fixed} of which are never cut" if truncate else ""
     cutting = limit.tokens is not None and fixed <= limit.tokens and not truncate
-    if limit.context is not None and least + limit.new > limit.context:
+    beyond = limit.most is not None and least > limit.most
+    if limit.context is not None and least + limit.new > limit.context and not beyond:
         what = f"the prompt of {limit.which} does not fit the model: {n} tokens{stays} and {limit.new} new ones, "
         ways = ["fewer --shots", "a smaller --max-new-tokens", "a model with a longer context"]
         return KvcliError(f"{what}its context is {limit.context}", given=limit.which, fix=_either(ways, cutting))

@@ -58,16 +58,23 @@ class Reconstruction:
 
 @torch.inference_mode()
 def reconstruction(
-    model: Model, dense: Dense, token_ids: Sequence[int], regions: Sequence[Region], *, chunk: int = CHUNK
+    model: Model,
+    dense: Dense,
+    token_ids: Sequence[int],
+    regions: Sequence[Region],
+    behind: Sequence[int] | None = None,
+    *,
+    chunk: int = CHUNK,
 ) -> Reconstruction:
-    """Runs the pass over one prefilled prompt; `dense` is read only.
+    """Runs the pass over one prefilled prompt; `dense` is read only. behind: what the template puts behind a message,
+    where the prompt does not show it (None: what it ends with).
 
     A chunk is shorter than asked for where the model's context would not hold prompt, request and chunk together.
     Raises KvcliError where it leaves room for hardly anything.
     """
     start, end = repeated_span(regions)
-    template = max(end, len(token_ids) - _trailing(regions, ("special",)))
-    requests = _Requests.of(model.tokenizer, token_ids[template:])
+    template = max(end, len(token_ids) - trailing(regions, ("special",)))
+    requests = _Requests.of(model.tokenizer, token_ids[template:] if behind is None else behind)
     size = min(chunk, _room(model, end, end - start, requests.longest))
     state = _Repeating(dense, start, end, model.attn)
     edges = range(start, end, size)
@@ -91,13 +98,13 @@ def repeated_span(regions: Sequence[Region]) -> Span:
     n = regions[-1].end
     start = sum(len(r) for r in takewhile(lambda r: r.kind in ("special", "system"), regions))
     for behind in (("special", "question"), ("special",)):
-        end = n - _trailing(regions, behind)
+        end = n - trailing(regions, behind)
         if start < end:
             return start, end
     return 0, n
 
 
-def _trailing(regions: Sequence[Region], kinds: Sequence[str]) -> int:
+def trailing(regions: Sequence[Region], kinds: Sequence[str]) -> int:
     """Tokens at the end of the prompt that lie in regions of these kinds."""
     return sum(len(r) for r in takewhile(lambda r: r.kind in kinds, reversed(regions)))
 

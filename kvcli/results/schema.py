@@ -69,3 +69,8 @@ def check_record(record: dict[str, Any]) -> None:
     missing, extra = FIELDS.keys() - record.keys() - LATER, record.keys() - FIELDS.keys()
     if missing or extra:
         raise ValueError(f"record fields: missing {sorted(missing)}, unknown {sorted(extra)}")
+
+
+def prompts_name(shots: int, shot_seed: int, shot_order: int) -> str:
+    """'8', '8-1', '8-0-2': how run.json names the prompts of a task."""
+    return f"{shots}-{shot_seed}-{shot_order}".removesuffix("-0").removesuffix("-0")

@@ -223,3 +223,88 @@ def test_what_needs_the_question_is_refused_by_name(kvcli, more: Sequence[str], 
     assert done.code == 2
     assert named in done.err
     assert "--query aware" in done.err
+
+
+def _kl(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.log_softmax(-1), b.log_softmax(-1)
+    return float((a.exp() * (a - b)).sum(-1).mean())
+
+
+def test_fidelity_compares_with_full_behind_the_whole_context(exact: Model) -> None:
+    """Every row of several methods, against masked attention: full's own row must not be another method's."""
+    prompts = tiny.prompt_set([90])
+    (c,), ids = contexts(prompts), prompts.prompts[0].ids
+    config = dataclasses.replace(AGNOSTIC, methods=("h2o", "knorm", "streaming_llm"), ratios=("0.3", "0.6"))
+    cells = make_cells(config, [tiny.TASK], {"model": "tiny"})
+    plan = make_plan(cells, [Generation(tuple(x.id for x in cells), None)], {KEY: 1}, 4)
+    sink = tiny.Memory()
+    options = Options(64, keep_maps=99, fidelity=True)
+    Runner(exact, plan, {KEY: prompts.agnostic()}, sink, options).run()
+    (full,) = (r for r in sink.records if r["method"] == "full")
+    text = ids + full["output_ids"][:-1]
+    whole = masked_logits(exact, text, c, [[torch.arange(c)] * 2] * 3, c)[len(ids) - 1 :]
+    found = {}
+    for record in (r for r in sink.records if r["method"] != "full"):
+        kept = masks(sink.maps[record["cell_id"], record["sample_id"]], c)
+        mine = masked_logits(exact, text, c, kept, c)[len(ids) - 1 :]
+        found[record["method"], record["ratio"]] = record["fidelity"]["kl"]
+        assert record["fidelity"]["kl"] == pytest.approx(_kl(whole, mine), abs=1e-6), record["method"]
+        assert record["fidelity"]["tokens"] == len(full["output_ids"])
+    assert len(found) == 6
+    assert min(found.values()) > 1e-3
+
+
+def test_a_prefill_of_its_own_adds_no_token_to_the_comparison(exact: Model) -> None:
+    prompts = tiny.prompt_set([90])
+    config = SweepConfig(methods=("pyramidinfer",), ratios=("0.5",), query=("agnostic",))
+    cells = make_cells(config, [tiny.TASK], {"model": "tiny"})
+    plan = make_plan(cells, [Generation(tuple(x.id for x in cells), None)], {KEY: 1}, 4)
+    sink = tiny.Memory()
+    Runner(exact, plan, {KEY: prompts.agnostic()}, sink, Options(64, fidelity=True)).run()
+    full, mine = sorted(sink.records, key=lambda r: r["method"] != "full")
+    assert mine["fidelity"]["tokens"] == full["n_new"]
+
+
+@pytest.mark.parametrize("method", ["quant", "kivi:group=8,residual=8", "snapkv+quant"])
+@pytest.mark.parametrize("chosen", [False, True])
+def test_bytes_of_stored_forms_are_those_with_the_question_in_them(exact: Model, method: str, chosen: bool) -> None:
+    """What the cache holds when the answer begins, question included; it only grows from there while nothing is
+    folded, and never is above the pairs kept whole."""
+    prompts = choosing([120], [[9], [17]]) if chosen else tiny.prompt_set([120])
+    sink, _ = run(exact, SweepConfig(methods=(method,), ratios=("0.5",), query=("agnostic",)), prompts)
+    (record,) = (r for r in sink.records if r["method"] != "full")
+    (c,), pair = contexts(prompts), record["kv_bytes"]["full"] // 120
+    in_context = record["context"]["measured_ratio"] * c * pair
+    assert in_context < record["kv_bytes"]["prefill"] <= round(in_context) + (120 - c) * pair
+    assert record["measured_ratio"] == pytest.approx(
+        record["kv_bytes"]["prefill"] / record["kv_bytes"]["full"], abs=1e-6
+    )
+
+
+def test_samples_that_share_a_context_or_what_their_task_says_are_one_cluster() -> None:
+    prompts = same_context(4)
+    names = ["a", "b", "b", ""]
+    samples = [dataclasses.replace(s, cluster=n) for s, n in zip(prompts.samples, names, strict=True)]
+    other = dataclasses.replace(
+        prompts, samples=samples, prompts=[*prompts.prompts[:1], *choosing([80, 70, 60]).prompts]
+    )
+    found = list(other.agnostic().clusters.values())
+    assert found[0] == found[1] == found[2]  # the first two share their context, the middle two their name
+    assert len(set(found)) == 2
+    assert len(set(prompts.agnostic().clusters.values())) == 1
+    assert list(other.clusters.values()) == names
+
+
+def test_a_context_is_read_once_even_where_its_questions_stand_in_several_batches(
+    exact: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = same_context(6)
+    calls = []
+    method = catalog.find("snapkv")
+    own = method.select
+    monkeypatch.setattr(method, "select", lambda self, ctx, budget: calls.append(ctx.n) or own(self, ctx, budget))
+    config = dataclasses.replace(AGNOSTIC, methods=("snapkv",))
+    one, _ = run(exact, config, prompts, prefill_rows=2)
+    assert len(calls) == 1
+    other, _ = run(exact, config, prompts, prefill_rows=6)
+    assert {k: tiny.same(r) for k, r in one.by_key().items()} == {k: tiny.same(r) for k, r in other.by_key().items()}

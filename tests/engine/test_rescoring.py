@@ -162,6 +162,19 @@ def test_one_task_alone(place: Path) -> None:
         again(place, tasks=["gsm8k"])
 
 
+def test_scorers_know_which_prompts_opened_the_thoughts(place: Path) -> None:
+    """What only the rendered prompt knew stands with it, and reaches the scorer again."""
+    path = place / "run" / "prompts.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    opened = {entries[0]["sha"]}
+    marked = [{**entry, "thinking": True} if entry["sha"] in opened else entry for entry in entries]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in marked))
+    folder = open_folder(place / "run", data_dir=None)
+    thinking = {r["prompt_sha"]: folder.questions[r["cell_id"], r["sample_id"]].sample.meta.get("thinking", False)
+                for r in folder.records}  # fmt: skip
+    assert len(thinking) == 8 and {sha for sha, on in thinking.items() if on} == opened
+
+
 # --- what is left alone -----------------------------------------------------------------------------------------------
 
 

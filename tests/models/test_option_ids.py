@@ -50,13 +50,16 @@ def test_raw_options_are_lm_evaluation_harness_s(name: str, context: str) -> Non
 
 @pytest.mark.shared
 @in_each_chat
-def test_chat_options_begin_the_answer_as_in_lm_evaluation_harness(view: View) -> None:
-    """Without a delimiter; the white space the template ends with is scored with the option, as there."""
+def test_chat_options_begin_the_answer(view: View) -> None:
+    """Without a delimiter, as in lm-evaluation-harness. It also moves the template's last line break into every option;
+    here the prompt stays what a generated answer stands behind, and the rest of the option is the same."""
     prompt = view.build(sample("What is it?\nAnswer:", *WORDS))
     plain = view.build(sample("What is it?\nAnswer:"))
-    assert plain.text.startswith(prompt.text) and not plain.text[len(prompt.text) :].strip()
+    assert prompt.ids == plain.ids
     for word, ids in zip(WORDS, prompt.options, strict=True):
-        assert (prompt.ids, ids) == encode_pair(view.tokenizer, plain.text, word.lstrip())
+        front, behind = encode_pair(view.tokenizer, plain.text, word.lstrip())
+        assert prompt.ids + ids == front + behind
+        assert view.tokenizer.decode(ids).strip() == word.strip()
 
 
 @pytest.mark.shared

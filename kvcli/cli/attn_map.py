@@ -1,0 +1,220 @@
+"""kvcli attn-map: pictures of what a model attends to and of what methods throw away."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvcli.cli import options as o
+from kvcli.cli import output
+from kvcli.errors import KvcliError
+
+if TYPE_CHECKING:
+    from kvcli.analysis.attention import Atlas
+    from kvcli.engine.map_request import Asked
+
+_PICTURE = "Pictures"
+DEFAULT_RATIO = "0.2"
+DEFAULT_LIMIT = 4
+QUERIES = ("all", "question")
+
+
+def _option(*names: str, help: str, metavar: str | None = None, show_default: bool | str = False) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=_PICTURE, metavar=metavar, show_default=show_default)
+
+
+def command(
+    model: o.Model = None, task: o.Tasks = None,
+    sample: Annotated[
+        list[str] | None, _option("--sample", help="Only these samples of the tasks, by id.", metavar="ID")
+    ] = None,
+    text: Annotated[list[str] | None, _option("--text", help="A prompt, instead of a task.", metavar="TEXT")] = None,
+    file: Annotated[
+        list[Path] | None, _option("--file", help="A text file that is a prompt, instead of a task.", metavar="FILE")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        _option("--limit", "-n", help="First N samples of each task's fixed permutation; the first is drawn.",
+                metavar="N", show_default=str(DEFAULT_LIMIT)),
+    ] = None,
+    shots: o.Shots = None, shot_seed: o.ShotSeeds = None, shot_order: o.ShotOrders = None,
+    method: o.Methods = None, ratio: o.Ratios = None, budget: o.Budgets = None, strict_window: o.StrictWindow = None,
+    layer: Annotated[
+        str | None,
+        _option("--layer", help="Layer of the map, counted from 0, or mean.", metavar="N|mean",
+                show_default="15, the paper's; scaled on smaller models"),
+    ] = None,
+    head: Annotated[
+        str | None,
+        _option("--head", help="Head of the map, counted from 0, or mean.", metavar="N|mean",
+                show_default="10, the paper's; scaled on smaller models"),
+    ] = None,
+    blocks: Annotated[
+        int, _option("--blocks", help="Most rows and columns of the map; longer prompts are pooled.", metavar="N",
+                     show_default=True)
+    ] = 512,
+    queries: Annotated[
+        str, _option("--queries", help="Whose attention is measured: all, or question.", metavar="WHOSE",
+                     show_default=True)
+    ] = "all",
+    html: Annotated[bool, _option("--html", help="Write a page to explore as well.")] = False,
+    formats: Annotated[
+        str, _option("--format", help="png, pdf or svg, joined by commas.", metavar="LIST", show_default=True)
+    ] = "png,pdf",
+    out: Annotated[
+        Path | None,
+        _option("--out", "-o", help="Folder to write into.", metavar="FOLDER", show_default="attn-maps/MODEL-HASH"),
+    ] = None,
+    store_prompts: o.StorePrompts = None, tokenizer: o.Tokenizer = None, dtype: o.Dtype = None,
+    device: o.Device = None, attn: o.Attn = None, template: o.Template = None, system: o.System = None,
+    trust_remote_code: o.TrustRemoteCode = None, max_prompt_tokens: o.MaxPromptTokens = None,
+    truncate: o.Truncate = None, threads: o.Threads = None, data_dir: o.DataDir = None, json: o.Json = False,
+) -> None:  # fmt: skip
+    """Draw what a model attends to and what methods throw away.
+
+    Writes figures (the map of a head with the prompt's regions, measures of all heads, attention per region and shot,
+    cumulative curves, and with --method which tokens are kept) and the data behind them as attn-map.npz and
+    attn-map.json; --html adds one page to explore. Several tasks are drawn side by side. No n x n tensor over all heads
+    is made, so that long prompts work. The text of harmful prompts is left out unless --store-prompts is given.
+
+    \b
+    Examples:
+      kvcli attn-map --task tb_arithmetic,tb_safety --method snapkv,shotkv --ratio 0.2 --html
+      kvcli attn-map --model llama3.1-8b-instruct --task mmlu,commonsense_qa,gsm8k,jailbreakv
+      kvcli attn-map --text "the cat sat on the mat" --layer mean --head mean
+    """
+    typed = {
+        "model": model, "method": method, "ratio": ratio, "task": task, "budget": budget, "seed": None, "shots": shots,
+        "decode_budget": None, "shot_seed": shot_seed, "shot_order": shot_order, "first_token": None, "query": None,
+        "system": system, "decode_ratio": None, "strict_window": strict_window, "limit": limit,
+        "store_prompts": store_prompts, "tokenizer": tokenizer, "dtype": dtype, "device": device, "attn": attn,
+        "template": template, "trust_remote_code": trust_remote_code, "max_prompt_tokens": max_prompt_tokens,
+        "truncate": truncate, "threads": threads, "data_dir": data_dir,
+    }  # fmt: skip
+    picked = {"layer": layer, "head": head, "blocks": blocks, "samples": tuple(sample or ())}
+    perform(typed, picked, _texts(text or [], file or [], task, sample), queries, html, formats, out, json)
+
+
+def perform(
+    typed: dict[str, Any], picked: dict[str, Any], texts: tuple[tuple[str, str], ...], queries: str, html: bool,
+    formats: str, out: Path | None, json: bool,
+) -> None:  # fmt: skip
+    """Checks, maps, draws, says what was written. Raises KvcliError for everything the user can mend."""
+    from kvcli.cli.running import quiet_libraries
+    from kvcli.config import stable_hash
+    from kvcli.engine.prepare import one_of, positive
+    from kvcli.models.source import parse_model
+
+    config = _config(typed)
+    source = parse_model(config.model)
+    one_of("--queries", queries, QUERIES)
+    positive("--blocks", picked["blocks"])
+    wanted = [name.strip() for name in formats.split(",")]
+    from kvcli.analysis.attention_plots import check_formats
+
+    check_formats(wanted)
+    asked = [config.to_dict(), picked, texts]
+    folder = out or Path("attn-maps") / f"{source.short}-{stable_hash(asked, 8)}"
+    _check_out(folder)
+    quiet_libraries()
+    if config.threads:
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)  # torch reads it once, when it is imported
+    from kvcli.engine.map_request import Asked, request_of
+
+    request = Asked(config, texts=texts, **picked)
+    request_of(request)
+    output.note(f"figures: {folder}")
+    found = _mapped(request)
+    files = _written(found, folder, wanted, queries, html)
+    if json:
+        output.json_result({"folder": str(folder), **{kind: list(map(str, paths)) for kind, paths in files.items()}})
+    else:
+        output.result("\n".join(str(path) for paths in files.values() for path in paths))
+    _next(found, request)
+
+
+def _config(typed: dict[str, Any]) -> Any:
+    """The config of a sweep that would see the same prompts and cells; without methods only the full cache."""
+    config = o.layered(o.collect(typed), None, None)
+    import dataclasses
+
+    methods = config.methods or ("full",)
+    ratios = config.ratios or (() if config.budgets else (DEFAULT_RATIO,))
+    limit = config.limit if config.limit is not None else DEFAULT_LIMIT
+    # methods that evict the last prompt token as well can be asked too: nothing is generated here
+    return dataclasses.replace(
+        config, methods=methods, ratios=ratios, limit=limit, first_token=("prefill",), query=("aware",)
+    )
+
+
+def _texts(
+    texts: list[str], files: list[Path], task: list[str] | None, sample: list[str] | None
+) -> tuple[tuple[str, str], ...]:
+    """(name, text) of the prompts given as they are. Raises KvcliError for a file that cannot be read."""
+    if (texts or files) and (task or sample):
+        other = "--task" if task else "--sample"
+        given = f"{'--text' if texts else '--file'} and {other}"
+        raise KvcliError("a prompt is a task's sample or a text, not both", given=given, fix="leave one of them out")
+    found = [(f"text {i}" if len(texts) > 1 else "text", text) for i, text in enumerate(texts, 1)]
+    for path in files:
+        try:
+            found.append((path.name, path.expanduser().read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError) as e:
+            why = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
+            raise KvcliError(f"cannot read {path}: {why}", given=f"--file {path}", fix="check the path") from e
+    for name, text in found:
+        if not text.strip():
+            raise KvcliError(f"{name} is empty", given=name, fix='--text "some words"')
+    return tuple(found)
+
+
+def _check_out(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise KvcliError(f"{folder} is a file", given=f"--out {folder}", fix="--out with a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise KvcliError(f"cannot write {folder}: {e.strerror}", given=f"--out {folder}", fix="another --out") from e
+
+
+def _mapped(request: Asked) -> Atlas:
+    from kvcli.analysis.attention import Atlas
+    from kvcli.engine.mapping import map_prompts
+
+    with output.progress("attention") as bar:
+        found = map_prompts(request, output.note, lambda done, total, what: bar.update(done, total, task=what))
+    for warning in found.warnings:
+        output.warn(warning)
+    if found.meta["chosen"]["note"]:
+        chosen = found.meta["chosen"]
+        output.note(f"map: layer {chosen['layer']}, head {chosen['head']} ({chosen['note']})")
+    return Atlas(found.meta, found.arrays)
+
+
+def _written(found: Atlas, folder: Path, formats: list[str], queries: str, html: bool) -> dict[str, list[Path]]:
+    from kvcli.analysis.attention import NAME, write
+    from kvcli.analysis.attention_plots import draw
+
+    files = {"figures": draw(found, folder, formats, queries), "data": write(found, folder), "pages": []}
+    if html:
+        from kvcli.analysis.attention_page import page
+
+        files["pages"].append(folder / f"{NAME}.html")
+        files["pages"][0].write_text(page(found), encoding="utf-8")
+    return files
+
+
+def _next(found: Atlas, request: Asked) -> None:
+    """A sweep of the same methods and tasks says what the loss of attention costs."""
+    import shlex
+
+    config = request.config
+    if request.texts:
+        return
+    tasks = ",".join(dict.fromkeys(g["task"] for g in found.groups))
+    methods = ",".join(dict.fromkeys(e["method"] for p in found.prompts for e in p["kept"])) or "tier1"
+    words = ["kvcli", "sweep", "--model", config.model, "--task", tasks, "--method", methods]
+    output.next_command(shlex.join([*words, "--ratio", ",".join(config.ratios)] if config.ratios else words))
