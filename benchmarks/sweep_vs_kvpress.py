@@ -133,7 +133,7 @@ def kvcli_sweep(
     key = PromptKey("bench", 0)
     sets = {key: PromptSet(task, key, samples, prompts)}
     cells = make_cells(config, [task], {})
-    plan = make_plan(cells, [Generation(tuple(c.id for c in cells), None)], {("bench", 0): len(lists)}, len(lists))
+    plan = make_plan(cells, [Generation(tuple(c.id for c in cells), None)], {key: len(lists)}, len(lists))
     sink = Sink()
     longest = max(map(len, lists)) + work.new
     item, most = model.dtype.itemsize, DEFAULT_MEMORY[model.device.type]

@@ -18,10 +18,8 @@ from kvcli.evals.data import (
     DataSet,
     Row,
     bad_row,
-    find_folder,
     first_of,
     permutation,
-    read_jsonl,
     read_split,
     reordered,
 )
@@ -35,6 +33,7 @@ from kvcli.evals.long_answers import (
     sections,
 )
 from kvcli.evals.spec import Sample, Score, Segment, Task, Tokens
+from kvcli.evals.written import Written, remark, written
 
 SYSTEM = (
     "Answer each question step by step, adhering to the format shown in the examples provided. Start each response "
@@ -85,6 +84,8 @@ class LongGenBench(Task):
     test_split: str = "test"
     fewshot_split: str = "train"
     exemplars: str = ""
+    """File of worked examples in the data set's folder; `harness`: the lm-eval task that has them too."""
+    harness: str = ""
     k: int = 30
     t: int = 20
     order: Literal["dataset", "length"] = "dataset"
@@ -96,6 +97,16 @@ class LongGenBench(Task):
             raise ValueError("'k' and 't' must be at least 1")
         if self.rule == "official" and self.data == "commonsense_qa":
             raise ValueError("'rule: official': LongGenBench released no script for CommonsenseQA; rule: scope")
+
+    def remarks(self, *, shots: int, data_dir: str | None) -> list[str]:
+        """That the examples are rows of a split, without the paper's reasoning or with another."""
+        found = self._written(data_dir)
+        subject = str(found.rows[0].values.get("subject", "")) if found.rows and self.data == "mmlu" else ""
+        there = len(self._written_out(subject, found))
+        if not (self.exemplars or self.harness) or shots <= there:
+            return []
+        why = f"{found.where} has {there} for {shots} shots" if there else found.absent
+        return [remark(self.name, self.fewshot_split, "the LongGenBench paper", why)]
 
     def samples(
         self,
@@ -121,7 +132,7 @@ class LongGenBench(Task):
     def score(self, sample: Sample, output: str) -> Score:
         """Share of the questions answered right; extra: the share answered at all, and the other rules' values."""
         letters, golds = LAYOUTS[self.data].letters, list(sample.target)
-        texts = sections(output, sample.meta["first"], len(golds))
+        texts = sections(output, sample.meta["first"], len(golds), sample.meta["examples"])
         answers = [None if t is None else letter_in(t, letters) if letters else number_in(t) for t in texts]
         same: Callable[[str, str], bool] = str.__eq__ if letters else same_number
         right = sum(a is not None and same(a, g) for a, g in zip(answers, golds, strict=True))
@@ -166,15 +177,15 @@ class LongGenBench(Task):
         asked = [f"Question_{first + i}:\n{item.question}{layout.between}" for i, item in enumerate(items)]
         question = ("Following Question: \n" if examples else "") + "".join(asked) + layout.end
         segments.append(Segment(question, "question"))
-        meta = {"first": first, "subject": subject} if subject else {"first": first}
+        meta = {"first": first, "examples": [e.written for e in examples], **({"subject": subject} if subject else {})}
         return Sample(str(index), tuple(segments), [x.gold for x in items], subject or f"generation {index}", meta)
 
     def _examples(self, subject: str, shots: int, seed: int, data_dir: str | None) -> list[Item]:
-        """`shots` worked examples: those of the exemplar file in the data set's folder, in its order under seed 0;
-        without it, or for more than it holds, rows of `fewshot_split` by the seed (MMLU: the subject's, in order)."""
+        """`shots` worked examples: the written ones (`kvcli.evals.written`), in their order under seed 0; without
+        them, or for more than there are, rows of `fewshot_split` by the seed (MMLU: the subject's, in order)."""
         if shots == 0:
             return []
-        pool, fixed = self._written_out(subject, data_dir), True
+        pool, fixed = self._written_out(subject, self._written(data_dir)), True
         if shots > len(pool):
             rows = read_split(self._source, self.fewshot_split, data_dir)
             if subject:
@@ -187,12 +198,12 @@ class LongGenBench(Task):
         order = range(len(pool)) if keep else permutation(f"kvcli:shots:{self.base}:{subject}:{seed}", len(pool))
         return [pool[i] for i in order[:shots]]
 
-    def _written_out(self, subject: str, data_dir: str | None) -> list[Item]:
-        """The examples of the exemplar file: fields question and target; of MMLU subject and prompt (`Q: .. A: ..`)."""
-        path = find_folder(self._source, data_dir) / self.exemplars if data_dir and self.exemplars else None
-        if path is None or not path.is_file():
-            return []
-        rows = read_jsonl(path)
+    def _written(self, data_dir: str | None) -> Written:
+        return written(self._source, self.exemplars or None, self.harness or None, data_dir)
+
+    def _written_out(self, subject: str, found: Written) -> list[Item]:
+        """The written examples: fields question and target; of MMLU subject and prompt (`Q: .. A: ..`)."""
+        rows = found.rows
         if not subject:
             return [Item(self._text(r, "question"), "", _lines(self._text(r, "target"))) for r in rows]
         prompts = [self._text(row, "prompt") for row in rows if self._text(row, "subject") == subject]

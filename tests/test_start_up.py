@@ -18,7 +18,7 @@ from kvcli.cli.app import COMMANDS
 
 HEAVY = {
     "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "scipy", "matplotlib", "pandas", "yaml",
-    "jinja2", "huggingface_hub",
+    "jinja2", "huggingface_hub", "pyarrow", "msgspec",
 }  # fmt: skip
 THIRD_PARTY = {
     "typer", "annotated_doc", "shellingham",

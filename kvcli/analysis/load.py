@@ -1,11 +1,13 @@
 """Reads a result folder into columns: run.json, samples.jsonl, shards/*.jsonl. Needs neither torch nor the model.
 
-Texts (prompts, outputs) are not kept, and repeated texts are stored once, so a million records fit in memory.
+Texts (prompts, outputs) are not read, and repeated texts are stored once: a million records take seconds and a few
+hundred megabytes (benchmarks/report_speed.py).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -14,9 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvcli.analysis.columns import FIGURES as FIGURES
+from kvcli.analysis.columns import Columns, counted
+from kvcli.analysis.line import Line, parse, reader
 from kvcli.errors import KvcliError
 from kvcli.grammar import ratio_text
-from kvcli.results.schema import FLAGS, SCHEMA
 from kvcli.results.store import find_run as find_run
 from kvcli.results.store import record_files
 
@@ -44,6 +48,10 @@ class Cell:
     """Whose bytes it was held to: a method, with @ and what was asked of it where it has a ratio."""
     ability: str | None = None
     metric: str | None = None
+    shot_seed: int = 0
+    """Which exemplars; 0 in records without it."""
+    shot_order: int = 0
+    """Their order, 0 as they come."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,16 @@ class Run:
     """[N] index into `metrics`, -1 = not recorded."""
     extra: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     """Further figures of the scorers by name: [N], NaN where a record has none of that name."""
+    figures: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    """Further figures of the records: [N] for every name of FIGURES, NaN where a record has none. kept, n_new and
+    repetition are their fields, kl, top1, nll and identical (0 or 1) of `fidelity`, bytes_* of `kv_bytes`, context_* of
+    `context`; cut: tokens cut from the prompt by --truncate."""
+    files: tuple[str, ...] = ()
+    """Record files, named from the folder."""
+    file: NDArray[np.int16] = field(default_factory=lambda: np.empty(0, np.int16))
+    """[N] index into `files`."""
+    offset: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """[N] where the record's line begins in its file: what kvcli.analysis.texts reads whole records by."""
 
     def __len__(self) -> int:
         return len(self.score)
@@ -106,24 +124,55 @@ class Run:
         return str(self.config("model") or named or "unknown model")
 
 
-def load_run(folder: Path) -> Run:
+def load_run(folder: Path | str) -> Run:
     """Reads a result folder as kvcli.results.store does, but into columns.
 
     In a file the last line of a cell and sample counts; between files a finished sample beats a failed one, then the
     first file (samples.jsonl, shards by name). A torn last line counts as not written. Raises KvcliError with file
     and line for any other broken line, or where there is nothing to read.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise KvcliError(f"no result folder '{folder}'", given=f"RUN {folder}", fix="kvcli list runs shows them")
     files = record_files(folder)
     if not files:
         fix = "kvcli sweep writes one; an interrupted sweep goes on with the same command"
         raise KvcliError(f"no records in {folder}", given=f"RUN {folder}", fix=fix)
-    columns = _Columns(folder, _read_meta(folder))
-    torn = [str(path.relative_to(folder)) for path in files if _read_file(path, columns)]
-    if not columns.score:
+    meta = _read_meta(folder)
+    described, cells = _mapping(meta.get("cells")), []
+
+    def describe(cell_id: str, line: bytes) -> None:
+        cells.append(_describe(cell_id, parse(line), _mapping(described.get(cell_id))))
+
+    columns = Columns(describe, f"RUN {folder}")
+    read = reader()
+    names = [str(path.relative_to(folder)) for path in files]
+    torn = [name for name, path in zip(names, files, strict=True) if _read_file(path, columns, read)]
+    if not columns:
         raise KvcliError(f"no finished records in {folder}", given=f"RUN {folder}", fix="wait for the first samples")
-    return columns.run(tuple(torn))
+    return _run(folder, meta, cells, columns, tuple(names), tuple(torn))
+
+
+def _run(
+    folder: Path, meta: dict[str, Any], cells: list[Cell], columns: Columns, files: tuple[str, ...],
+    torn: tuple[str, ...],
+) -> Run:  # fmt: skip
+    names, sample = columns.samples()
+    whole, real, file = columns.whole(), columns.real(), columns.file_of_rows()
+    keep = counted(whole["cell"] * len(names) + sample, file, np.isnan(real["score"]))
+
+    def small(name: str) -> NDArray[np.int32]:
+        return whole[name][keep].astype(np.int32)
+
+    return Run(
+        folder=folder, meta=meta, cells=tuple(cells), samples=tuple(names), clusters=tuple(columns.cluster_codes),
+        flag_names=tuple(columns.flag_bits), cell=small("cell"), sample=sample[keep], cluster=small("cluster"),
+        score=real["score"][keep], measured_ratio=real["measured_ratio"][keep], n_prompt=real["n_prompt"][keep],
+        answered=whole["answered"][keep] > 0, truncated=whole["truncated"][keep] > 0, flags=whole["flags"][keep],
+        torn=torn, metrics=tuple(columns.metric_codes), metric=small("metric"), extra=columns.extra(keep),
+        figures={name: real[name][keep] for name in FIGURES}, files=files, file=file[keep].astype(np.int16),
+        offset=whole["offset"][keep],
+    )  # fmt: skip
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -144,32 +193,23 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _read_file(path: Path, columns: _Columns) -> bool:
+def _read_file(path: Path, columns: Columns, read: Callable[[bytes], Line]) -> bool:
     """Adds the records of one file; True when its last line was torn."""
     broken: KvcliError | None = None
-    columns.starts.append(len(columns.score))
+    columns.starts.append(len(columns))
+    end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            start, end = end, end + len(line)
             if line.isspace():
                 continue
             if broken:
                 raise broken
             try:
-                columns.add(_parse(line))
+                columns.add(read(line), line, start)
             except (ValueError, KeyError, TypeError) as e:
                 broken = _broken(path, number, e)
     return broken is not None
-
-
-def _parse(line: bytes, decode: Any = json.JSONDecoder().raw_decode) -> Any:
-    """One JSON value; a third faster than json.loads on bytes, which guesses their encoding first."""
-    if not line.endswith(b"\n"):
-        raise ValueError("cut short")
-    text = line.decode("utf-8").strip()
-    value, end = decode(text)
-    if end != len(text):
-        raise json.JSONDecodeError("more than one value", text, end)
-    return value
 
 
 def _broken(path: Path, number: int, error: Exception) -> KvcliError:
@@ -182,116 +222,6 @@ def _broken(path: Path, number: int, error: Exception) -> KvcliError:
     folder = path.parent.parent if path.parent.name == "shards" else path.parent
     fix = f"kvcli check {folder} --fix     (sets that line aside; the same sweep measures its sample again)"
     return KvcliError(f"{path}:{number} {reason}", given=f"RUN {folder}", fix=fix)
-
-
-class _Columns:
-    """Grows one column per field while records are read."""
-
-    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
-        self.folder, self.meta = folder, meta
-        self.described = _mapping(meta.get("cells"))
-        self.cells: list[Cell] = []
-        self.cell_codes: dict[str, int] = {}
-        self.sample_codes: dict[str, int] = {}
-        self.cluster_codes: dict[str, int] = {}
-        self.flag_bits = {name: i for i, name in enumerate(FLAGS)}
-        self.flag_masks: dict[tuple[str, ...], int] = {(): 0}
-        self.starts: list[int] = []
-        """First row of each file."""
-        self.cell: list[int] = []
-        self.sample: list[int] = []
-        self.cluster: list[int] = []
-        self.score: list[float] = []
-        self.measured: list[float] = []
-        self.n_prompt: list[float] = []
-        self.answered: list[bool] = []
-        self.truncated: list[bool] = []
-        self.flags: list[int] = []
-        self.metric_codes: dict[str, int] = {}
-        self.metric: list[int] = []
-        self.extra: dict[str, tuple[list[int], list[float]]] = {}
-        """Per name the rows that have it, and their figures."""
-
-    def add(self, record: Any) -> None:
-        """Raises KeyError, ValueError or TypeError for what is not a record, before anything is stored."""
-        if not isinstance(record, dict):
-            raise TypeError("not an object")
-        if record.get("schema", SCHEMA) > SCHEMA:
-            what = f"records of a newer kvcli (schema {record['schema']}, this one reads {SCHEMA})"
-            raise KvcliError(what, given=f"RUN {self.folder}", fix="install the kvcli that wrote them")
-        cell_id, sample_id = record["cell_id"], str(record["sample_id"])
-        score = record["score"] if record.get("status", "ok") == "ok" else None
-        value = np.nan if score is None else float(score)
-        measured, n_prompt = _number(record.get("measured_ratio")), _number(record.get("n_prompt"))
-        mask = self._mask(record.get("flags") or ())
-        extra = {str(name): float(value) for name, value in _mapping(record.get("extra")).items()}
-        cell = self.cell_codes.get(cell_id)
-        if cell is None:
-            self.cells.append(_describe(cell_id, record, _mapping(self.described.get(cell_id))))
-            cell = self.cell_codes[cell_id] = len(self.cell_codes)
-        cluster, metric = record.get("cluster"), record.get("metric")
-        for name, figure in extra.items():
-            rows, figures = self.extra.setdefault(name, ([], []))
-            rows.append(len(self.score))
-            figures.append(figure)
-        self.metric.append(-1 if metric is None else _code(self.metric_codes, str(metric)))
-        self.cell.append(cell)
-        self.sample.append(_code(self.sample_codes, sample_id))
-        self.cluster.append(-1 if cluster in (None, "") else _code(self.cluster_codes, str(cluster)))
-        self.score.append(value)
-        self.measured.append(measured)
-        self.n_prompt.append(n_prompt)
-        self.answered.append(record.get("extracted") is not None)
-        self.truncated.append(record.get("finish") == "length")
-        self.flags.append(mask)
-
-    def _mask(self, flags: Any) -> int:
-        names = tuple(flags)
-        mask = self.flag_masks.get(names)
-        if mask is None:
-            bits = {_code(self.flag_bits, str(name)) for name in names}
-            mask = self.flag_masks[names] = sum(1 << bit for bit in bits)
-        return mask
-
-    def _kept(self, key: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Row numbers, ascending, of the record that counts for every key (cell and sample)."""
-        file = np.searchsorted(self.starts, np.arange(len(key)), side="right")
-        _, from_end = np.unique((key * (len(self.starts) + 1) + file)[::-1], return_index=True)
-        last = len(key) - 1 - from_end
-        failed = np.isnan(np.array(self.score)[last])
-        order = last[np.lexsort((file[last], failed, key[last]))]
-        _, first = np.unique(key[order], return_index=True)
-        return np.sort(order[first])
-
-    def run(self, torn: tuple[str, ...]) -> Run:
-        names = sorted(self.sample_codes)
-        place = np.empty(len(names), np.int32)
-        place[[self.sample_codes[name] for name in names]] = np.arange(len(names), dtype=np.int32)
-        cell, sample = np.array(self.cell, np.int32), place[np.array(self.sample, np.int32)]
-        keep = self._kept(cell.astype(np.int64) * len(names) + sample)
-        return Run(
-            self.folder, self.meta, tuple(self.cells), tuple(names), tuple(self.cluster_codes),
-            tuple(self.flag_bits), cell[keep], sample[keep], np.array(self.cluster, np.int32)[keep],
-            np.array(self.score, np.float64)[keep], np.array(self.measured, np.float64)[keep],
-            np.array(self.n_prompt, np.float64)[keep], np.array(self.answered, np.bool_)[keep],
-            np.array(self.truncated, np.bool_)[keep], np.array(self.flags, np.int64)[keep], torn,
-            tuple(self.metric_codes), np.array(self.metric, np.int32)[keep],
-            {name: self._figures(name)[keep] for name in self.extra},
-        )  # fmt: skip
-
-    def _figures(self, name: str) -> NDArray[np.float64]:
-        rows, figures = self.extra[name]
-        column = np.full(len(self.score), np.nan)
-        column[rows] = figures
-        return column
-
-
-def _code(codes: dict[str, int], text: str) -> int:
-    return codes.setdefault(text, len(codes))
-
-
-def _number(value: Any) -> float:
-    return np.nan if value is None else float(value)
 
 
 def _describe(cell_id: str, record: dict[str, Any], described: dict[str, Any]) -> Cell:
@@ -309,6 +239,7 @@ def _describe(cell_id: str, record: dict[str, Any], described: dict[str, Any]) -
         decode=_settings(decode), draw=_integer(fact("draw")) or 0,
         weights=str(fact("weights") or "dense"), match=_match(fact("match")), ability=fact("ability"),
         metric=fact("metric"),
+        shot_seed=_integer(fact("shot_seed")) or 0, shot_order=_integer(fact("shot_order")) or 0,
     )  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def pairs_needed(better: float, worse: float, null: float = 0.0, level: float = 
 
 def units_needed(spread: float, distance: float, level: float = LEVEL) -> int:
     """Units for POWER of a t test of a mean that lies `distance` off; spread: standard deviation of the units."""
-    if spread == 0:
+    if spread <= 1e-12 * abs(distance):  # alike up to rounding
         return 2
 
     def short(units: float) -> float:

@@ -80,7 +80,7 @@ def tables_of(preset: str) -> tuple[str, ...]:
 def find(model: str | None = None, table: str | None = None, **wanted: Any) -> list[Published]:
     """The printed scores with these facts (task=, shots=, method=, ratio=, variant=). model: an alias or a hub id, with
     or without its revision."""
-    name = None if model is None else _alias(model)
+    name = None if model is None else alias_of(model)
     return [
         row
         for row in scores()
@@ -90,7 +90,8 @@ def find(model: str | None = None, table: str | None = None, **wanted: Any) -> l
     ]
 
 
-def _alias(model: str) -> str:
+def alias_of(model: str) -> str:
+    """kvcli's name of one of the paper's models; of any other what was given, without its revision."""
     plain = model.partition("@")[0]
     return next((alias for alias, hub_id in models().items() if hub_id == plain), plain)
 

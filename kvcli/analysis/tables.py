@@ -1,6 +1,7 @@
 """From a run to one table per task: methods x requested ratios, each cell with n, interval and paired difference.
 
-First-token modes, query modes, numbers of shots and weights are never mixed: each combination is a table of its own.
+First-token modes, query modes, shots (how many, which, in what order) and weights are never mixed: each combination is
+a table of its own.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcli.analysis import names, pass_at_k, stats
+from kvcli.analysis import names, pass_at_k, published, stats
 from kvcli.analysis.load import Cell, Run
 from kvcli.analysis.stats import Difference, Interval
+from kvcli.results.schema import prompts_name
 
 FULL = "full"
 DENSE = "dense"
@@ -103,7 +106,7 @@ class Row:
 
 @dataclass(frozen=True)
 class TaskTable:
-    """One task in one first-token mode, query mode, number of shots and kind of weights."""
+    """One task in one first-token mode and query mode, with one set of shots in one order, and one kind of weights."""
 
     task: str
     ability: str | None
@@ -121,6 +124,16 @@ class TaskTable:
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     weights: str = DENSE
+    shot_seed: int = 0
+    """Which exemplars."""
+    shot_order: int = 0
+    """Their order, 0 as they come."""
+    too_long: int = 0
+    """Prompts of the task that were left out for their length."""
+    reference: float | None = None
+    """The task's published score of this model with the full cache."""
+    harmful: bool = False
+    """Its prompts must not be shown."""
     against_dense: Difference | None = None
     """full with these weights minus full with dense ones, on the samples both have."""
     warnings: tuple[str, ...] = ()
@@ -131,14 +144,24 @@ class TaskTable:
         return [row.cells[c.text] for row in self.rows for c in self.columns if c.text in row.cells]
 
 
-_Key = tuple[str, str, str, int | None, str]
-"""task, first-token mode, query mode, shots, weights: what is never mixed."""
+class _Key(NamedTuple):
+    """What is never mixed."""
+
+    task: str
+    first_token: str
+    query: str
+    shots: int | None
+    weights: str
+    shot_seed: int
+    shot_order: int
+
+
 _Groups = dict[_Key, dict[tuple[str, "Column"], list[int]]]
 """Per table: (row, column) -> cells, several where they differ only by seed or draw."""
 
 
 def summarise(run: Run, only: Collection[str] | None = None) -> list[TaskTable]:
-    """One table per task, first-token mode, query mode, number of shots and kind of weights.
+    """One table per task, first-token mode, query mode, shots, their seed and order, and kind of weights.
 
     only: ids of the cells to show (None: all); `full` is shown beside them. Tasks and methods stand in the order of
     run.json, those it does not name in the order of the records.
@@ -153,16 +176,24 @@ def summarise(run: Run, only: Collection[str] | None = None) -> list[TaskTable]:
         asked = only is None or cell.cell_id in only or cell.method == FULL
         if len(rows_of[code]) and asked and (shown is None or key in shown):
             groups.setdefault(key, {}).setdefault((row_name(run, cell), column_of(cell, columns)), []).append(code)
-    tasks = _order(list(run.meta.get("tasks") or ()), (key[0] for key in groups))
+    tasks = _order(list(run.meta.get("tasks") or ()), (key.task for key in groups))
     modes = {"compressed": 0, "prefill": 1}
-    weights = _order([DENSE, *(run.config("weights") or ())], (key[4] for key in groups))
-    keys = sorted(groups, key=lambda k: (tasks[k[0]], k[2] != "aware", k[3] or 0, weights[k[4]], modes.get(k[1], 2)))
+    weights = _order([DENSE, *(run.config("weights") or ())], (key.weights for key in groups))
+    keys = sorted(
+        groups,
+        key=lambda k: (
+            tasks[k.task], k.query != "aware", k.shots or 0, k.shot_seed, k.shot_order, weights[k.weights],
+            modes.get(k.first_token, 2),
+        ),
+    )  # fmt: skip
     labels = {row_name(run, cell): short[cell.method] + _decode_text(run, cell) for cell in run.cells}
     return [_table(run, rows_of, key, groups, labels) for key in keys]
 
 
 def _key(cell: Cell) -> _Key:
-    return cell.task, cell.first_token, cell.query, cell.shots, cell.weights
+    return _Key(
+        cell.task, cell.first_token, cell.query, cell.shots, cell.weights, cell.shot_seed, cell.shot_order
+    )  # fmt: skip
 
 
 def _order(first: Iterable[str], then: Iterable[str]) -> dict[str, int]:
@@ -234,10 +265,10 @@ class _Scores:
 def _table(
     run: Run, rows_of: Sequence[NDArray[np.int64]], key: _Key, groups: _Groups, labels: Mapping[str, str]
 ) -> TaskTable:
-    task, first_token, query, shots, weights = key
+    task, weights = key.task, key.weights
     scores = {name: _scores(run, rows_of, codes) for name, codes in groups[key].items()}
     full, borrowed = _full(run, rows_of, key, groups)
-    dense = _full(run, rows_of, (*key[:4], DENSE), groups)[0] if full and weights != DENSE else None
+    dense = _full(run, rows_of, key._replace(weights=DENSE), groups)[0] if full and weights != DENSE else None
     columns = tuple(sorted({column for _, column in scores if column != _FULL[1]}, key=lambda c: c.order))
     methods = _order(run.config("methods") or (), (method for method, column in scores if column != _FULL[1]))
     cells = [
@@ -253,17 +284,39 @@ def _table(
         task=task, ability=facts.get("ability") or first.ability,
         metric=metrics[0] if len(metrics) == 1 else facts.get("metric") or first.metric,
         version=None if version is None else str(version), chance=None if chance is None else float(chance),
-        first_token=first_token, query=query, shots=shots, n_prompt=_median(run.n_prompt[every]),
+        first_token=key.first_token, query=key.query, shots=key.shots, n_prompt=_median(run.n_prompt[every]),
         clusters=_cluster_count(run, every), full=_cell(run, FULL, *_FULL, full, None) if full else None,
-        weights=weights, against_dense=_against(full, dense)[0] if full and dense else None, columns=columns,
+        weights=weights, shot_seed=key.shot_seed, shot_order=key.shot_order, too_long=_too_long(facts, key),
+        reference=_reference(run, facts, key.shots), harmful=bool(facts.get("harmful")),
+        against_dense=_against(full, dense)[0] if full and dense else None, columns=columns,
         rows=tuple(Row(m, labels[m], found) for m, found in zip(methods, cells, strict=True) if found),
     )  # fmt: skip
     replaced = sum(s.replaced for s in scores.values())
     return replace(
         table,
         warnings=tuple(sanity(table) + _mixed_metrics(metrics) + [_replaced_warning(replaced)] * (replaced > 0)),
-        notes=tuple([_borrowed_note(borrowed)] * bool(borrowed) + _beside_dense(table) + _off_match(table)),
+        notes=tuple(
+            [_borrowed_note(borrowed)] * bool(borrowed) + _left_out(table) + _beside_dense(table) + _off_match(table)
+        ),
     )
+
+
+def _too_long(facts: Mapping[str, Any], key: Any) -> int:
+    """Prompts that --max-prompt-tokens left out of this table."""
+    counts = facts.get("too_long") or {}
+    if isinstance(counts, int):  # folders of an earlier version have one number for the task
+        return counts
+    return int(counts.get(prompts_name(key.shots or 0, key.shot_seed, key.shot_order)) or 0)
+
+
+def _reference(run: Run, facts: Mapping[str, Any], shots: int | None) -> float | None:
+    """The published full-cache score of the run's model, named by its alias or its hub id, with so many shots."""
+    stated = facts.get("reference")
+    if not isinstance(stated, dict):
+        return None
+    found = stated.get(published.alias_of(run.model), stated.get(run.model))
+    value = found.get(str(shots)) if isinstance(found, dict) else found
+    return None if value is None else float(value)
 
 
 def _borrowed_note(mode: str) -> str:
@@ -282,6 +335,14 @@ def _beside_dense(table: TaskTable) -> list[str]:
     return [
         f"differences are to full with these weights, which itself is {100 * change.value:+.1f} points{said} from full "
         f"with dense weights (n = {change.n})"
+    ]
+
+
+def _left_out(table: TaskTable) -> list[str]:
+    if not table.too_long:
+        return []
+    return [
+        f"{table.too_long} prompt{'s' * (table.too_long > 1)} of the task left out, longer than --max-prompt-tokens"
     ]
 
 
@@ -330,10 +391,9 @@ def _scores(run: Run, rows_of: Sequence[NDArray[np.int64]], codes: Sequence[int]
 
 def _full(run: Run, rows_of: Sequence[NDArray[np.int64]], key: _Key, groups: _Groups) -> tuple[_Scores | None, str]:
     """full's scores of this table, or those of the same prompts in another first-token mode and that mode's name."""
-    task, mode, query, shots, weights = key
-    same = [k for k in groups if (k[0], *k[2:]) == (task, query, shots, weights) and _FULL in groups[k]]
-    for other in sorted(same, key=lambda k: k[1] != mode):
-        return _scores(run, rows_of, groups[other][_FULL]), "" if other == key else other[1]
+    same = [k for k in groups if k._replace(first_token=key.first_token) == key and _FULL in groups[k]]
+    for other in sorted(same, key=lambda k: k.first_token != key.first_token):
+        return _scores(run, rows_of, groups[other][_FULL]), "" if other == key else other.first_token
     return None, ""
 
 
@@ -435,6 +495,8 @@ def sanity(table: TaskTable) -> list[str]:
             f"full scores {full.score:.2f} [{full.interval.low:.2f}, {full.interval.high:.2f}] (n = {full.n}), not "
             f"clearly above chance ({chance:.2f}): differences here say nothing about compression"
         )
+    if unlike_reference(table):
+        found.append(unlike_reference(table))
     if full.no_answer > NO_ANSWER_LIMIT:
         found.append(
             f"no answer could be extracted from {100 * full.no_answer:.0f} % of full's outputs: look at them with "
@@ -443,3 +505,19 @@ def sanity(table: TaskTable) -> list[str]:
     if full.errors:
         found.append(f"{full.errors} samples of full failed; the same command runs them again")
     return found
+
+
+def unlike_reference(table: TaskTable) -> str:
+    """Why methods are not ranked: full is further from the published score than its interval reaches. Else empty."""
+    full, published = table.full, table.reference
+    if (
+        full is None
+        or full.interval is None
+        or published is None
+        or full.interval.low <= published <= full.interval.high
+    ):
+        return ""
+    return (
+        f"full scores {full.score:.3f} [{full.interval.low:.3f}, {full.interval.high:.3f}], but {published:.3f} is "
+        "published for this model: prompts or scoring differ from the published ones, so methods are not ranked here"
+    )

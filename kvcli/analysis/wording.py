@@ -64,6 +64,11 @@ def measured(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def exact(value: float | None) -> str:
+    """As a ratio to type: '0.271'."""
+    return "-" if value is None else f"{value:.3f}".rstrip("0")
+
+
 def off_target(cell: CellSummary) -> bool:
     """True when the measured ratio should be read: nothing was asked for, a budget was, or it came out otherwise."""
     if cell.measured_ratio is None:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from kvcli.analysis.judged import Judged
+    from kvcli.analysis.marked import Section
+
 WIDEST = 120
 _NAME_WIDTH = 24
 _GAP = 2
@@ -48,21 +51,53 @@ class SummaryView:
         return Measurement(min(60, options.max_width), min(WIDEST, options.max_width))
 
 
-def as_json(summary: Sequence[TaskTable]) -> list[dict[str, Any]]:
-    """The summary as plain values: one object per table, with verdicts and every number unrounded."""
+class VerdictView:
+    """The leads of a report's verdict: one line for each task, and how to read them."""
+
+    def __init__(self, part: Section) -> None:
+        self.part = part
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.padding import Padding
+        from rich.text import Text
+
+        from kvcli.analysis.marked import Bullets, Paragraph, pieces
+
+        yield Text(self.part.title, style="bold")
+        for block in self.part.blocks:
+            lines = [text for text, _ in block.items] if isinstance(block, Bullets) else []
+            lines += [block.text] if isinstance(block, Paragraph) else []
+            for line in lines:
+                text = Text(style="" if isinstance(block, Bullets) else "dim")
+                for words, kind in pieces(line):
+                    text.append(words, style="bold" if kind == "strong" else "")
+                yield Padding(text, (0, 0, 0, 2))
+        yield Text("")
+
+
+def as_json(summary: Sequence[TaskTable], judged: Judged | None = None) -> list[dict[str, Any]]:
+    """The summary as plain values: one object per table, with every number unrounded. judged: adds what a verdict
+    considers all comparisons for."""
     return [
         {
             **{k: v for k, v in dataclasses.asdict(table).items() if k not in ("rows", "full", "columns")},
             "columns": [column.text for column in table.columns],
-            "full": table.full and _cell_json(table.full),
-            "cells": [_cell_json(cell) for cell in table.cells()],
+            "full": table.full and _cell_json(table.full, None),
+            "cells": [_cell_json(cell, judged) for cell in table.cells()],
         }
         for table in summary
     ]
 
 
-def _cell_json(cell: CellSummary) -> dict[str, Any]:
-    return {**dataclasses.asdict(cell), "verdict": cell.verdict, "over_budget": cell.over_budget}
+def _cell_json(cell: CellSummary, judged: Judged | None) -> dict[str, Any]:
+    facts = {**dataclasses.asdict(cell), "verdict": cell.verdict, "over_budget": cell.over_budget}
+    verdict = judged.of(cell) if judged else None
+    if verdict is not None:
+        facts["judged"] = {
+            "kind": str(verdict.kind), "interval": verdict.interval and dataclasses.asdict(verdict.interval),
+            "p_holm": verdict.p, "margin": verdict.margin, "needed": verdict.needed and verdict.needed.samples,
+        }  # fmt: skip
+    return facts
 
 
 def _title(table: TaskTable) -> Text:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,13 +55,23 @@ def _row(task: Any) -> Row:
         "name": task.name, "version": task.version, "ability": task.ability, "type": task.output_type,
         "metric": task.metric, "shots": task.usual_shots, "max_new_tokens": task.max_new_tokens,
         "until": list(task.until), "chance": task.chance, "cluster": getattr(cluster, "text", cluster),
-        "harmful": task.harmful, "chat": task.chat, "reference": dict(task.reference), "suites": list(task.suites),
+        "harmful": task.harmful, "chat": task.chat, "reference": _published(task.reference),
+        "suites": list(task.suites),
         "dataset": {key.removeprefix("dataset_"): value for key, value in data.items()},
         "package": _package(task, loader), "source": task.source,
         "settings": [
             {"name": key, "kind": kind_of(task, key), "value": value} for key, value in settings_of(task).items()
         ],
     }  # fmt: skip
+
+
+def _published(reference: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, float]]:
+    """Keys as JSON and run.json have them."""
+    return {model: {str(shots): score for shots, score in scores.items()} for model, scores in reference.items()}
+
+
+def _by_shots(model: str, scores: Mapping[str, float]) -> str:
+    return f"{model} " + ", ".join(f"{score:g} ({shots} shot{'s' * (shots != '1')})" for shots, score in scores.items())
 
 
 def _package(task: Any, loader: Any) -> str | None:
@@ -133,7 +144,7 @@ def print_one(row: Row) -> None:
         ("new tokens, at most", row["max_new_tokens"]), ("score of guessing", row["chance"]),
         ("cluster", row["cluster"]), ("harmful prompts", "yes, not shown" if row["harmful"] else "no"),
         ("data set", where), ("its revision", data["revision"] or "the newest" if where else None),
-        ("published, full cache", ", ".join(f"{k} {v}" for k, v in row["reference"].items()) or None),
+        ("published, full cache", "; ".join(_by_shots(k, v) for k, v in row["reference"].items()) or None),
         ("suites", ", ".join(row["suites"]) or None), ("version", row["version"]),
         ("package", row["package"] or "kvcli"), ("definition", row["source"]),
     ]  # fmt: skip

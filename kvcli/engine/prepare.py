@@ -333,6 +333,8 @@ def prepare(request: Request, limit: int | None, say: Callable[[str], None] = la
                 say(f"reading {task.name}, {key.shots} shots")
                 same = maker.prompts(task, key, limit)
                 warnings += filter(None, [_strange_words(task, same.prompts, tokenizer), *said_of(same)])
+                said = task.remarks(shots=key.shots, data_dir=config.data_dir)
+                warnings += [text for text in said if text not in warnings]
             try:
                 prompt_sets[key] = same if key.query == "aware" else same.agnostic()
             except NothingBefore as error:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from kvcli.models.prompt import Prompt
 
 
+THOUGHTS = "<think>"
+"""What the templates of models that think first end with: their answers begin inside of the thoughts."""
+
+
 class NothingBefore(KvcliError):
     """A prompt that is nothing but its question."""
 
@@ -143,6 +147,8 @@ class PromptMaker:
                 self._refused.append(error)
                 found.too_long += 1
                 continue
+            if prompt.text.rstrip().endswith(THOUGHTS):
+                sample = dataclasses.replace(sample, meta={**sample.meta, "thinking": True})
             found.samples.append(sample)
             found.prompts.append(prompt)
         self._made += len(found.prompts)

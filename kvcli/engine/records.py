@@ -145,6 +145,7 @@ def prompt_entry(prompts: PromptSet, sample: Sample, prompt: Prompt, store_harmf
     return {
         "sha": prompt.sha, "task": prompts.task.name, "sample_id": sample.id, "n": len(prompt.ids),
         "regions": [[r.label, r.start, r.end] for r in prompt.regions],
+        **({"thinking": True} if sample.meta.get("thinking") else {}),
         "segments": stable_hash([[s.text, s.region, s.shot] for s in sample.segments], 16),
         "text": None if hidden else prompt.text, "offsets": None if hidden else prompt.offsets,
     }  # fmt: skip

@@ -7,6 +7,7 @@ ones with the same key, of which the last counts, so a process killed anywhere l
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -125,7 +126,8 @@ def open_folder(
         if sample is None or why:
             reasons[_key(record)] = why
         else:
-            questions[_key(record)] = Question(found[str(record["task"])], sample)
+            asked = _as_asked(sample, prompts.get(str(record["prompt_sha"])))
+            questions[_key(record)] = Question(found[str(record["task"])], asked)
     return Folder(path, run, records, questions, reasons)
 
 
@@ -251,7 +253,8 @@ def _finish(folder: Folder, store: RunStore | None, tallies: dict[tuple[str, str
         for name, task in scored.items():
             facts = run.setdefault("tasks", {}).setdefault(name, {})
             metric = JUDGED.get(task.metric, task.metric) if "judge" in facts else task.metric
-            facts.update(metric=metric, version=task.version, chance=task.chance, reference=task.reference)
+            facts.update(metric=metric, version=task.version, chance=task.chance)
+            facts["reference"] = {m: {str(n): v for n, v in by.items()} for m, by in task.reference.items()}
         done = {name: sum(t.changed for t in tallies.values() if t.task == name) for name in scored}
         note = {"at": now(), "kvcli": __version__, "argv": argv, "changed": done,
                 "digests": {name: task.digest for name, task in scored.items()}}  # fmt: skip
@@ -307,10 +310,20 @@ def _same_prompt(record: Record, sample: Sample, stored: Record | None) -> bool 
     if stored is None:
         return None
     if stored.get("segments") is not None:
-        return bool(stored["segments"] == segments_hash(sample))
+        if stored["segments"] == segments_hash(sample):
+            return True
+        # other words may be the same tokens, where a tokenizer does not know them: the first text was stored
+        return False if stored.get("sample_id") == sample.id else None
     if stored.get("text") is None or record.get("truncated"):
         return None
     return sample.text.strip() in stored["text"]
+
+
+def _as_asked(sample: Sample, stored: Record | None) -> Sample:
+    """With what only the rendered prompt knew: that it opened the model's thoughts."""
+    if not (stored or {}).get("thinking"):
+        return sample
+    return dataclasses.replace(sample, meta={**sample.meta, "thinking": True})
 
 
 def _shown(record: Record, cells: Mapping[str, Any]) -> Shown:

@@ -58,7 +58,7 @@ class Common:
     chance: float | None = None
     harmful: bool = False
     chat: bool = True
-    reference: dict[str, float] = field(default_factory=dict)
+    reference: dict[str, Any] = field(default_factory=dict)
     suites: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -133,9 +133,35 @@ def _facts(common: Common, own: Mapping[str, Any]) -> dict[str, Any]:
         "chance": common.chance,
         "harmful": common.harmful,
         "chat": common.chat,
-        "reference": common.reference,
+        "reference": published(common.reference, common.num_fewshot),
         "suites": common.suites,
     }
+
+
+def published(reference: Mapping[str, Any], usual: int) -> dict[str, dict[int, float]]:
+    """`reference` as model -> shots -> score; a score alone is one of the usual number of shots. Raises BadValue."""
+    return {
+        model: {
+            _shots(shots, model): _share(score, f"reference.{model}.{shots}")
+            for shots, score in (value if isinstance(value, dict) else {usual: value}).items()
+        }
+        for model, value in reference.items()
+    }
+
+
+def _shots(value: Any, model: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        fix = f"write reference: {{{model}: {{8: 0.5}}}} for 0.5 with 8 shots"
+        raise BadValue(f"'reference.{model}': {value!r} is not a number of shots", fix)
+    return value
+
+
+def _share(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise BadValue(
+            f"'{name}' must be a score between 0 and 1, not {value!r}", "write a published score, 0.5 for 50 %"
+        )
+    return float(value)
 
 
 def _own_values(cls: type[Task], common: list[str], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,16 +14,18 @@ from kvcli.evals.template import Template
 
 @dataclass(frozen=True)
 class Fewshot:
-    """Where exemplars come from, as `fewshot_config` of lm-evaluation-harness; `file` and `group` are kvcli's own.
+    """Where exemplars come from, as `fewshot_config` of lm-evaluation-harness; `file`, `harness`, `group` are kvcli's.
 
-    The pool is `samples`, else the rows of `file` in the data set's folder when it is there. Asked for more than the
-    pool holds, or without a pool, exemplars are drawn from the task's `fewshot_split` by the shot seed. group: a row's
-    exemplars are those for which this template or field gives the same as for the row.
+    The pool is `samples`, else the rows of `file` in the data set's folder when it is there, or without --data-dir the
+    samples of the lm-eval task `harness` when that package is installed. Asked for more than the pool holds, or without
+    a pool, exemplars are drawn from the task's `fewshot_split` by the shot seed. group: a row's exemplars are those for
+    which this template or field gives the same as for the row.
     """
 
     sampler: Literal["default", "first_n"] = "default"
     samples: tuple[dict[str, Any], ...] = ()
     file: str | None = None
+    harness: str | None = None
     group: Template | None = None
     doc_to_text: Template | None = None
     doc_to_target: Template | None = None

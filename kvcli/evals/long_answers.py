@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 
 _MARK = re.compile(r"Answer(?:\\?_| )?(\d+)\**\s*[:\n]")
@@ -13,20 +13,30 @@ _NUMBER = re.compile(r"(?<![\w)])-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)|\d[\d,]*(?:\.
 _OFFICIAL_ANSWER = re.compile(r"(?<=:\n)(.*?)(?=\n\n|$)", re.DOTALL)
 
 
-def sections(output: str, first: int, count: int) -> list[str | None]:
+def sections(output: str, first: int, count: int, examples: Sequence[str] = ()) -> list[str | None]:
     """The text behind `Answer_n:` for n = first, first + 1, ...; None where there is none.
 
     The first one of a number counts. An answer ends where the next one or a repeated question begins. An output that
     counts its answers from 1 instead (an `Answer_1`, and no number above `count`) is read that way: the model answered
-    all the same.
+    all the same. Not so where it repeats the prompt's own worked answers, `examples`, under their numbers: then its
+    numbers are the prompt's, and a copy answers nothing.
     """
     parts = _MARK.split(output)
     found: dict[int, str] = {}
     for number, text in zip(parts[1::2], parts[2::2], strict=True):
         found.setdefault(int(number[:9]), _QUESTION.split(text)[0].strip())
-    if 1 in found and max(found) <= count:
+    if 1 in found and max(found) <= count and not _copies(found, examples):
         first = 1
     return [found.get(first + i) for i in range(count)]
+
+
+def _copies(found: Mapping[int, str], examples: Sequence[str]) -> bool:
+    """Whether one worked answer stands under its own number, or each of those that are but `The answer is (B).`: one
+    such may be right by chance."""
+    pairs = [(found.get(n, "").split(), text.split()) for n, text in enumerate(examples, 1)]
+    same = [answer == text for answer, text in pairs]
+    worked = [len(text) > len("The answer is X".split()) for _, text in pairs]
+    return any(s and w for s, w in zip(same, worked, strict=True)) or bool(same and all(same))
 
 
 def number_in(text: str) -> str | None:

@@ -8,13 +8,14 @@ from typing import Any
 
 from kvcli.errors import KvcliError
 from kvcli.evals.choices import check, choices_of, right_one
-from kvcli.evals.data import DataSet, Row, bad_row, find_folder, first_of, read_jsonl, read_split
+from kvcli.evals.data import DataSet, Row, bad_row, first_of, read_split
 from kvcli.evals.extract import Filter, cut
 from kvcli.evals.fewshot import Exemplars, Fewshot, Pool
 from kvcli.evals.plugin import load_object
 from kvcli.evals.scorers import SCORERS, Judge, Metric, Rules
 from kvcli.evals.spec import Sample, Score, Segment, Task, Tokens
 from kvcli.evals.template import Template, template
+from kvcli.evals.written import Written, remark, written
 
 CHOICE_METRICS = ("acc", "acc_norm")
 
@@ -60,6 +61,17 @@ class RowTask(Task):
     @property
     def data(self) -> DataSet:
         return DataSet(self.name, self.dataset_path, self.dataset_name, self.revision)
+
+    def remarks(self, *, shots: int, data_dir: str | None) -> list[str]:
+        """That exemplars come from the split although the definition knows of written ones."""
+        if not shots or not self.fewshot_split or not (self.fewshot_config.file or self.fewshot_config.harness):
+            return []
+        found = self._written(data_dir)
+        if shots <= len(found.rows):
+            return []
+        whose = f"lm-evaluation-harness ({self.fewshot_config.harness})" if self.fewshot_config.harness else "others"
+        why = f"{found.where} has {len(found.rows)} for {shots} shots" if found.rows else found.absent
+        return [remark(self.name, self.fewshot_split, whose, why)]
 
     def samples(
         self,
@@ -190,21 +202,19 @@ class RowTask(Task):
     def _pool(self, shots: int, data_dir: str | None) -> Pool:
         """Samples, else the file, where they have enough or there is no split; else the split."""
         config = self.fewshot_config
-        rows, where = self._written(data_dir)
-        if shots <= len(rows) or (rows and not self.fewshot_split):
-            return Pool(rows, where, fixed=True)
+        found = self._written(data_dir)
+        if shots <= len(found.rows) or (found.rows and not self.fewshot_split):
+            return Pool(found.rows, found.where, fixed=True)
         if self.fewshot_split is None:
-            missing = f"no fewshot_split in {self.source}" + (f" and no {where}" if where else "")
+            missing = f"no fewshot_split in {self.source}" + (f", and {found.absent}" if found.absent else "")
             what = f"{self.name} has no exemplars: {missing}"
             raise KvcliError(what, given=f"--task {self.name}", fix="--shots 0, or add a line fewshot_split: train")
         rows = read_split(self.data, self.fewshot_split, data_dir)
         return Pool(rows, self.fewshot_split, config.sampler == "first_n", self.fewshot_split == self.test_split)
 
-    def _written(self, data_dir: str | None) -> tuple[list[Row], str]:
+    def _written(self, data_dir: str | None) -> Written:
         config = self.fewshot_config
         if config.samples:
-            return [Row(v, i, f"{self.source} samples[{i}]") for i, v in enumerate(config.samples)], self.source
-        if config.file and data_dir is not None:
-            path = find_folder(self.data, data_dir) / config.file
-            return (read_jsonl(path) if path.is_file() else []), str(path)
-        return [], config.file or ""
+            rows = (Row(v, i, f"{self.source} samples[{i}]") for i, v in enumerate(config.samples))
+            return Written(tuple(rows), self.source)
+        return written(self.data, config.file, config.harness, data_dir)

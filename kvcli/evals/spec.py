@@ -18,7 +18,8 @@ class Sample:
 
     cluster: samples that share a passage, subject or generation form one cluster in the statistics. options:
     continuations to choose from, each with the white space it begins with; then nothing is generated, the likeliest
-    one is the answer, and `target` is the index of the right one.
+    one is the answer, and `target` is the index of the right one. meta: what scoring needs; the engine adds `thinking`,
+    true where the rendered prompt ends in an opened `<think>`.
     """
 
     id: str
@@ -66,7 +67,8 @@ class Task(ABC):
     """Or multiple_choice: samples have options."""
     chat: bool = True
     """False: prompts are raw text even where the tokenizer has a chat template."""
-    reference: dict[str, float] = field(default_factory=dict)
+    reference: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Published full-cache scores: model -> shots -> score."""
     suites: tuple[str, ...] = ()
     source: str = ""
     """The definition's file."""
@@ -89,6 +91,11 @@ class Task(ABC):
     def check(self) -> None:
         """Raises KvcliError where this machine cannot score the task. Asked before weights are loaded."""
         return
+
+    def remarks(self, *, shots: int, data_dir: str | None) -> list[str]:
+        """What a user should know of the prompts of a run with these settings, in sentences that name the task: the
+        run's warnings. Raises what `samples` would raise."""
+        return []
 
     @abstractmethod
     def samples(

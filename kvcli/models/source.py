@@ -85,7 +85,11 @@ def _random(text: str, given: str) -> ModelSource:
 
 
 def fingerprint(source: ModelSource) -> dict[str, Any]:
-    """What tells two models apart: hub id and revision, or hashes of config and weight files of a folder."""
+    """What tells two models apart: hub id and revision, or hashes of config and weight files of a folder.
+
+    A user's folder with a `generation_config.json` has its hash beside them, under a key of its own: that file says
+    which tokens end an answer, and nothing of the weights.
+    """
     if source.kind == "hub":
         return {"model": source.place, "revision": source.revision or "main"}
     folder = Path(source.place)
@@ -95,7 +99,11 @@ def fingerprint(source: ModelSource) -> dict[str, Any]:
         return {"model": f"random:{folder.name}", "revision": digest.hexdigest()[:12]}
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         digest.update(f"{file.name}:{_whole_hash(file)}".encode())
-    return {"model": source.text if source.kind == "testbed" else folder.name, "revision": digest.hexdigest()[:12]}
+    found = {"model": source.text if source.kind == "testbed" else folder.name, "revision": digest.hexdigest()[:12]}
+    ends = folder / "generation_config.json"
+    if source.kind == "folder" and ends.is_file():
+        found["generation_config"] = hashlib.sha256(ends.read_bytes()).hexdigest()[:12]
+    return found
 
 
 def _whole_hash(file: Path) -> str:

@@ -203,7 +203,8 @@ def regenerate() -> None:
     """Writes the golden files from `small`; tests/analysis/test_report.py and test_plots.py compare with them."""
     import tempfile
 
-    from kvcli.analysis import plots, report, tables
+    from kvcli.analysis import latex, plots, report, tables
+    from kvcli.analysis.contents import contents
     from kvcli.analysis.load import load_run
 
     GOLDEN.mkdir(exist_ok=True)
@@ -211,6 +212,7 @@ def regenerate() -> None:
         run = load_run(small(Path(temporary) / "golden"))
         summary = tables.summarise(run)
         (GOLDEN / "report.md").write_text(report.markdown(run, summary), encoding="utf-8")
+        (GOLDEN / "report.tex").write_text(latex.latex(contents(run, summary)), encoding="utf-8")
         (GOLDEN / "terminal.txt").write_text(terminal(summary, 80), encoding="utf-8")
         for name, sheet in plots.sheets(run, summary):
             text = json.dumps(dataclasses.asdict(sheet), indent=1, ensure_ascii=False) + "\n"

@@ -135,3 +135,7 @@ def test_nothing_without_an_interval() -> None:
     alone = stats.paired_difference(np.array([0.5]), np.array([0.4]))
     assert power.detectable(alone) is None
     assert power.needed(alone, 0.02) is None
+
+
+def test_differences_alike_up_to_rounding_need_two_units() -> None:
+    assert power.units_needed(6.09e-17, 0.0648, 0.99999735) == 2

@@ -41,22 +41,25 @@ def test_report_matches_golden(tmp_path: Path) -> None:
 def test_sections_in_order(tmp_path: Path) -> None:
     heads = re.findall(r"^## (.*)$", text_of(small(tmp_path / "small")), re.M)
     assert heads == [
-        "Verdict", "How it was measured", "Sanity warnings", "First token: compressed against prefill", "Tables",
-        "Provenance",
+        "Verdict", "Sanity warnings", "Method against method, at the same bytes",
+        "Mean over tasks: share kept of what full has above chance", "The paper's six findings, on this run",
+        "First token: compressed against prefill", "Tables", "How it was measured", "Provenance",
     ]  # fmt: skip
 
 
-def test_verdicts_start_with_the_worst_loss_over_budget_or_not(tmp_path: Path) -> None:
+def test_each_task_leads_with_its_worst_loss_and_methods_follow_the_worst_first(tmp_path: Path) -> None:
     verdict = section(text_of(build(tmp_path / "run", Spec(TASKS, METHODS, RATIOS, n=40))), "Verdict")
-    listed = [line for line in verdict.splitlines() if line.startswith("- **")]
-    losses = [line.split("**loss established** at ")[1].split("; ")[0] for line in listed]
-    worst = [min(map(float, re.findall(r": (-[\d.]+) \(", loss))) for loss in losses]
-    assert len(listed) == 20
-    assert worst == sorted(worst)
-    shot = next(line for line in listed if "random_shot" in line)
-    assert "**loss established** at 0.1 (over budget, measured 0.18): -" in shot
-    assert "Smaller losses established" in verdict
-    assert "points not excluded" in verdict
+    leads = [line for line in verdict.splitlines() if line.startswith("- **")]
+    assert [re.search(r"\(`(\w+)`", line)[1] for line in leads] == [t.name for t in TASKS]  # type: ignore[index]
+    for block in re.split(r"^- ", verdict, flags=re.M)[1:]:
+        points = re.search(r"^  - loses: (.*)$", block, re.M)
+        if points:
+            losses = [float(value) for value in re.findall(r"` ([\d.]+) points? \[", points[1])]
+            assert losses == sorted(losses, reverse=True)
+            assert f"loses **{losses[0]:.1f} points" in block
+    assert verdict.count("  - loses: ") > 3
+    assert "`shotkv` " in verdict and "at 0.1 (over budget, measured 0.18)" in verdict
+    assert "need about" in verdict
 
 
 def over_budget_run(folder: Path, tasks: int = 1) -> Path:
@@ -79,12 +82,9 @@ def over_budget_run(folder: Path, tasks: int = 1) -> Path:
 
 def test_a_loss_over_budget_is_still_a_loss(tmp_path: Path) -> None:
     verdict = section(text_of(over_budget_run(tmp_path / "run")), "Verdict")
-    assert "**loss established** at 0.1 (over budget, measured 0.10): -87.5 (" in verdict
-    assert "No loss" not in verdict
+    assert "loses **87.5 points [" in verdict
+    assert "at 0.1 (over budget, measured 0.10) with `shotkv`" in verdict
     assert "A loss is a loss all the same" in verdict
-    # The second task on is one of the smaller ones, named in short.
-    short = section(text_of(over_budget_run(tmp_path / "many", 21)), "Verdict").split("Smaller losses established")[1]
-    assert "-87.5 at worst, established at 0.1 (over budget, measured 0.10), 0.3" in short
 
 
 def test_a_method_whose_only_loss_is_over_budget_is_not_among_those_without(tmp_path: Path) -> None:
@@ -93,21 +93,22 @@ def test_a_method_whose_only_loss_is_over_budget_is_not_among_those_without(tmp_
     kept = [line for line in path.read_text().splitlines() if '"ratio":"0.3"' not in line]
     path.write_text("\n".join(kept) + "\n")
     verdict = section(text_of(folder), "Verdict")
-    assert "No loss" not in verdict
-    assert "-87.5" in verdict
+    assert "no loss" not in verdict.split("Paired differences")[0]
+    assert "87.5 points" in verdict
 
 
 def test_over_budget_without_a_loss_is_marked(tmp_path: Path) -> None:
     spec = Spec(TASKS[:1], METHODS[7:8], ("0.1",), n=40)
     verdict = section(text_of(build(tmp_path / "run", spec)), "Verdict")
-    assert "- No loss is established anywhere." in verdict
-    assert "points not excluded; over budget at 0.1 (measured 0.18))" in verdict
+    assert "not established (n too small" in verdict
+    assert "loses" not in verdict
+    assert "Over budget = " in verdict
 
 
 def test_file_methods_are_named_by_their_class_and_explained_once(tmp_path: Path) -> None:
     method = FakeMethod("./value_norm.py:ValueNorm:recent=64", 1.0)
     text = text_of(build(tmp_path / "run", Spec(TASKS[2:3], [method], ("0.1",), n=40)))
-    assert "**`tb_recall`, `ValueNorm:recent=64`**" in section(text, "Verdict")
+    assert "at 0.1 with `ValueNorm:recent=64`" in section(text, "Verdict")
     assert "| `ValueNorm:recent=64` | 0.1 |" in section(text, "Tables")
     assert "- Method `ValueNorm`: `./value_norm.py:ValueNorm`." in section(text, "How it was measured")
     assert text.count("value_norm.py") == 2, "there and in the command"
@@ -121,8 +122,9 @@ def test_every_row_has_n_interval_and_relative_change(tmp_path: Path) -> None:
         assert re.match(r"\d+", fields[3])
         assert re.match(r"[\d.]+ \[[\d.]+, [\d.]+\]$", fields[4])
         if fields[0] != "`full`":
-            assert re.match(r"(\*\*)?[+-][\d.]+(\*\*)? \[[+-][\d.]+, [+-][\d.]+\]$", fields[5])
-            assert fields[6].endswith("%")
+            assert re.match(r"(\*\*)?[+-][\d.]+(\*\*)? \[[+-][\d.]+, [+-][\d.]+\]$", fields[7])
+            assert fields[8].endswith("%")
+            assert fields[11] in ("loss", "gain", "unchanged", "no loss", "open")
 
 
 def test_further_figures_have_a_column_where_there_are_any(tmp_path: Path) -> None:
@@ -162,7 +164,7 @@ def test_nothing_to_compare_with(tmp_path: Path) -> None:
 
 def test_only_full_and_only_failures_still_make_a_report(tmp_path: Path) -> None:
     text = text_of(build(tmp_path / "full", Spec(TASKS[:1], ())))
-    assert "only `full` was run" in section(text, "Verdict")
+    assert "only full was run" in section(text, "Verdict")
     text = text_of(build(tmp_path / "failed", Spec(TASKS[:1], METHODS[1:2], ("0.1",), n=3, failed=3)))
     assert "| `streaming_llm` | 0.1 | - | 0 | - [no interval] |" in text
     assert "3 failed |" in text
@@ -197,7 +199,7 @@ def test_names_cannot_act_as_markdown(tmp_path: Path) -> None:
     assert "# KV cache compression: \\<script\\>\\|\\*" in text
     assert "`a\\|b'<script>*x*`" in text
     tables = section(text, "Tables").splitlines()
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables if line.startswith("|")} == {13}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables if line.startswith("|")} == {14}
 
 
 @pytest.mark.parametrize("pictures", [(), ("difference.png", "score.png")])
@@ -220,3 +222,40 @@ def test_numbers_agree_with_the_summary(tmp_path: Path) -> None:
     assert shown in section(text, "Tables")
     assert json.dumps(cell.flags) == '{"noop": 2}'
     assert f"noop 2/{cell.records}" in text
+
+
+def test_a_table_of_many_rows_has_a_line_for_each_method(tmp_path: Path) -> None:
+    text = text_of(build(tmp_path / "run", Spec(TASKS[:1], METHODS, tuple(f"0.{i}" for i in range(1, 9)), n=30)))
+    rows = [line for line in section(text, "Tables").splitlines() if line.startswith("| `")]
+    assert len(rows) == len(METHODS)
+    assert all(re.search(r"\| (\*\*)?[+-][\d.]+(\*\*)? \[", row) for row in rows)
+    assert "Full scores" in text
+
+
+def test_left_out_prompts_are_said(tmp_path: Path) -> None:
+    tasks = {"tb_knowledge": {"chance": 0.25, "version": "1", "too_long": 3}}
+    text = text_of(build(tmp_path / "run", Spec(TASKS[:1], METHODS[:1], n=30, meta={"tasks": tasks})))
+    assert "3 prompts were left out, longer than `--max-prompt-tokens`" in section(text, "Sanity warnings")
+    assert "3 prompts too long, left out" in section(text, "Tables")
+
+
+def test_other_exemplars_and_orders_stand_apart(tmp_path: Path) -> None:
+    lines = []
+    for seed, order in ((0, 0), (1, 0), (1, 2)):
+        for method, right in (("full", 20), ("m", 5)):
+            lines += [
+                record(
+                    cell_id=f"{method}{seed}{order}", sample_id=str(i), task="t", method=method, ratio="0.1", shots=4,
+                    measured_ratio=0.1, first_token="compressed", score=float(i < right), extracted="x",
+                    shot_seed=seed, shot_order=order,
+                )
+                for i in range(20)
+            ]  # fmt: skip
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run" / "samples.jsonl", lines)
+    text = text_of(tmp_path / "run")
+    assert re.findall(r"^### (.*)$", text, re.M) == [
+        "`t` (shot seed 0, shot order 0)", "`t` (shot seed 1, shot order 0)", "`t` (shot seed 1, shot order 2)",
+    ]  # fmt: skip
+    assert "never averaged" in section(text, "How it was measured")
+    assert "n = 20)" in section(text, "Verdict")

@@ -44,7 +44,7 @@ def test_all_facts_of_tasks_are_in_the_json(kvcli):
     gsm8k, recall = found["gsm8k"], found["tb_recall"]
     assert gsm8k["dataset"] == {"path": "openai/gsm8k", "name": "main", "revision": None}
     assert (gsm8k["type"], gsm8k["chance"], gsm8k["harmful"], gsm8k["package"]) == ("generate_until", 0.0, False, None)
-    assert gsm8k["reference"]["llama3.1-8b-instruct"] == 0.7945
+    assert gsm8k["reference"]["llama3.1-8b-instruct"]["8"] == 0.7945
     assert recall["suites"] == ["testbed"] and recall["dataset"]["path"] is None
     assert {"name": "prompt_tokens", "kind": "a whole number", "value": 448} in recall["settings"]
     assert found["mmlu"]["cluster"] == "{{ subject }}" or "subject" in found["mmlu"]["cluster"]

@@ -211,7 +211,7 @@ def test_keys_of_run_json_and_prompts(place: Path) -> None:
     later = {"weights", "rescored"}  # only where some were pruned, or scored again
     assert set(documented("run.json")) - later == json.loads((folder / "run.json").read_text()).keys()
     prompt = json.loads((folder / "prompts.jsonl").read_text().splitlines()[0])
-    assert sorted(documented("prompts.jsonl")) == sorted(prompt)
+    assert set(documented("prompts.jsonl")) - {"thinking"} == set(prompt)
 
 
 def test_keys_of_batching_and_of_fidelity(place: Path) -> None:

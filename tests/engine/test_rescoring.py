@@ -24,6 +24,7 @@ doc_to_text: "Q: {{question}} A:"
 doc_to_target: answer
 scorer: own.py:judge
 generation_kwargs: {max_gen_toks: 3}
+reference: {llama3-8b: {0: 0.5, 4: 0.75}}
 """
 PICK = """
 task: pick
@@ -117,6 +118,7 @@ def test_a_corrected_scorer_changes_its_task_alone_and_keeps_the_old_lines(place
     assert raw(place).startswith(before) and len(raw(place).splitlines()) == len(before.splitlines()) + 8
     assert all(r["extracted"] is None and r["output_ids"] for r in read_records(place / "run") if r["task"] == "own")
     assert read_run(place / "run")["rescored"][-1]["changed"] == {"own": 8, "pick": 0}
+    assert read_run(place / "run")["tasks"]["own"]["reference"] == {"llama3-8b": {"0": 0.5, "4": 0.75}}
     assert all(t.changed == 0 for t in again(place).values()), "a second time there is nothing left to change"
 
 

@@ -62,7 +62,7 @@ def test_facts() -> None:
     for task in (GENERATED, CHOSEN):
         assert (task.shots, task.chance, task.ability) == (4, 0.2, "commonsense")
         assert (task.data.path, task.data.name, task.test_split) == ("tau/commonsense_qa", None, "validation")  # type: ignore[attr-defined]
-    assert GENERATED.reference == {"llama3.1-8b-instruct": 0.7748} and GENERATED.until == ("</s>", "\n")
+    assert GENERATED.reference == {"llama3.1-8b-instruct": {4: 0.7748}} and GENERATED.until == ("</s>", "\n")
     assert (CHOSEN.metric, CHOSEN.output_type) == ("acc", "multiple_choice")
     assert "commonsense_qa" in {task.name for task in find_tasks(["kvfundabench"])}
 

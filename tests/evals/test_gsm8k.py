@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from kvcli.errors import KvcliError
+from kvcli.evals import data
+from kvcli.evals.data import Row
+from kvcli.evals.harness import package
 from kvcli.evals.loader import load_task
 from kvcli.evals.spec import Sample, Segment
 
@@ -57,7 +60,9 @@ def test_fewer_shots_are_the_first_ones(shared: str) -> None:
 
 
 def test_facts() -> None:
-    assert TASK.reference["llama3.1-8b-instruct"] == 0.7945 and TASK.suites == ("kvfundabench",)
+    published = TASK.reference["llama3.1-8b-instruct"]
+    assert (published[8], published[1], published[50]) == (0.7945, 0.7149, 0.8235)
+    assert TASK.reference["qwen3-4b-base"] == {8: 0.8779} and TASK.suites == ("kvfundabench",)
     assert (TASK.data.path, TASK.data.name) == ("openai/gsm8k", "main")  # type: ignore[attr-defined]
 
 
@@ -143,6 +148,56 @@ def test_without_the_exemplar_file_train_is_used(tmp_path: Path) -> None:
     assert built.text == "Q: What?\nA: He has 3*4=12.\nHe pays $6.\nThe answer is 1,006.\n\nQ: How many?\nA:"
     with pytest.raises(KvcliError, match="gsm8k has 1 exemplars in train"):
         TASK.samples(shots=2, shot_seed=0, limit=None, data_dir=str(tmp_path))
+
+
+WORKED = '{"question": "Why?", "target": "So. The answer is 1."}\n'
+
+
+def test_exemplars_that_come_from_train_are_told_of(tmp_path: Path) -> None:
+    """Which exemplars are meant, where they are not, and nothing where they are."""
+    folder = tmp_path / "gsm8k"
+    folder.mkdir()
+    (said,) = TASK.remarks(shots=1, data_dir=str(tmp_path))
+    assert said.startswith("gsm8k: exemplars come from the train split, so the prompts are not those of lm-evaluation-")
+    assert str(folder / "cot_8shot_exemplars.jsonl") in said
+    assert TASK.remarks(shots=0, data_dir=str(tmp_path)) == []
+    (folder / "cot_8shot_exemplars.jsonl").write_text(WORKED)
+    assert TASK.remarks(shots=1, data_dir=str(tmp_path)) == []
+    (said,) = TASK.remarks(shots=2, data_dir=str(tmp_path))
+    assert said.endswith("cot_8shot_exemplars.jsonl has 1 for 2 shots")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows as the hub gives them."""
+    rows = [Row({"question": f"How many {i}?", "answer": f"Some.\n#### {i}"}, i, f"hub:{i}") for i in range(20)]
+    monkeypatch.setattr(data, "load_hub", lambda *_: rows)
+
+
+def test_rows_of_the_hub_get_the_exemplars_of_lm_eval(hub: None) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'kvcli[lm-eval]')")
+    assert TASK.remarks(shots=8, data_dir=None) == []
+    built = TASK.samples(shots=8, shot_seed=0, limit=1, data_dir=None)[0]
+    texts = [s.text for s in built.segments[:-1]]
+    assert len(set(texts)) == 8 and all(re.search(r"The answer is \d+\.\n\n$", text) for text in texts)
+    assert not any("How many" in text and "####" in text for text in texts)
+    if (SHARED / "gsm8k").is_dir():
+        written = [f"Q: {r['question']}\nA: {r['target']}\n\n" for r in rows("cot_8shot_exemplars")]
+        assert texts == written
+    (said,) = TASK.remarks(shots=9, data_dir=None)
+    assert said.endswith("lm-eval's gsm8k_cot has 8 for 9 shots")
+
+
+def test_without_lm_eval_rows_of_the_hub_get_train_and_it_is_said(hub: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package.importlib.util, "find_spec", lambda name: None)
+    package.samples_of.cache_clear()
+    try:
+        (said,) = TASK.remarks(shots=2, data_dir=None)
+        built = TASK.samples(shots=2, shot_seed=0, limit=1, data_dir=None)[0]
+    finally:
+        package.samples_of.cache_clear()
+    assert "pip install 'kvcli[lm-eval]'" in said and "train split" in said
+    assert all(s.text.startswith("Q: How many") for s in built.segments)
 
 
 def test_a_row_without_the_gold_mark_is_named(tmp_path: Path) -> None:

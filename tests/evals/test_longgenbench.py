@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from kvcli.errors import KvcliError
+from kvcli.evals import data
+from kvcli.evals.data import Row
 from kvcli.evals.loader import find_tasks, load_task
 from kvcli.evals.long_answers import letter_in, number_in, official_gsm8k, official_mmlu, same_number, scope, sections
 from kvcli.evals.spec import Sample, Task
@@ -226,6 +228,32 @@ def test_examples_without_a_file_come_from_train(tmp_path: Path) -> None:
         all_samples(task, str(tmp_path), shots=3)
 
 
+def test_examples_of_train_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = small(tmp_path, 4)
+    (said,) = task.remarks(shots=1, data_dir=str(tmp_path))
+    file = tmp_path / "gsm8k" / "cot_8shot_exemplars.jsonl"
+    assert said.startswith(f"{task.name}: exemplars come from the train split") and str(file) in said
+    assert task.remarks(shots=0, data_dir=str(tmp_path)) == []
+    file.write_text('{"question": "Why?", "target": "So. The answer is 1."}\n')
+    assert task.remarks(shots=1, data_dir=str(tmp_path)) == []
+    assert task.remarks(shots=2, data_dir=str(tmp_path)) != []
+    (said,) = load_task("lg_csqa").remarks(shots=5, data_dir=None)
+    assert "cot_5shot_exemplars.jsonl is looked for only in --data-dir" in said
+
+
+def test_rows_of_the_hub_get_the_examples_of_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'kvcli[lm-eval]')")
+    rows = [Row({"question": f"How many {i}?", "answer": f"Some.\n#### {i}"}, i, f"hub:{i}") for i in range(4)]
+    monkeypatch.setattr(data, "load_hub", lambda *_: rows)
+    (task,) = find_tasks(["lg_gsm8k:k=2,t=2"])
+    sample = task.samples(shots=8, shot_seed=0, limit=1, data_dir=None)[0]
+    assert task.remarks(shots=8, data_dir=None) == [] and len(set(sample.meta["examples"])) == 8
+    assert all(re.search(r"\.\nThe answer is \d+\.$", text) for text in sample.meta["examples"])
+    if DATA.is_dir():
+        mine = GSM8K.samples(shots=8, shot_seed=0, limit=1, data_dir=str(DATA))[0]
+        assert mine.meta["examples"] == sample.meta["examples"]
+
+
 def test_a_row_without_its_mark_is_named(tmp_path: Path) -> None:
     task = small(tmp_path, 4, "Six.")
     with pytest.raises(KvcliError, match=r"test\.jsonl:1: no number behind '#### '"):
@@ -242,6 +270,51 @@ def test_answers_belong_to_their_numbers() -> None:
     """A skipped question costs itself, not all behind it."""
     output = "Answer_9:\n1\n\nAnswer_11:\n3\n\nQuestion_12:\nWhat?\nAnswer_12: 4 and\n\nmore 5"
     assert sections(output, 9, 5) == ["1", None, "3", "4 and\n\nmore 5", None]
+
+
+WORKED = ["3 + 4 = 7.\nThe answer is 7.", "Two left.\nThe answer is 2."]
+BARE = ["The answer is (B).", "The answer is (A)."]
+
+
+def answers(texts: list[str], first: int = 1) -> str:
+    return "\n\n".join(f"Answer_{first + i}:\n{text}" for i, text in enumerate(texts))
+
+
+@pytest.mark.parametrize(
+    ("output", "examples", "found"),
+    [
+        (answers(WORKED), WORKED, [None] * 4),
+        (answers(WORKED[:1]), WORKED, [None] * 4),
+        (answers([*WORKED, "5", "6"]), WORKED, ["5", "6", None, None]),
+        (answers([WORKED[0], "something else", "5"]), WORKED, ["5", None, None, None]),
+        (answers(["3 + 4 =  7. The answer is 7."]), WORKED, [None] * 4),
+        (
+            answers(["The answer is 7.", "The answer is 2."]),
+            WORKED,
+            ["The answer is 7.", "The answer is 2.", None, None],
+        ),
+        (answers(["1 + 1 = 2.\nThe answer is 2.", "5"]), WORKED, ["1 + 1 = 2.\nThe answer is 2.", "5", None, None]),
+        (answers(BARE), BARE, [None] * 4),
+        (answers([BARE[0], BARE[0], BARE[1]]), BARE, [BARE[0], BARE[0], BARE[1], None]),
+        (answers([*BARE, *BARE]), [], [*BARE, *BARE]),
+    ],
+)
+def test_copies_of_the_examples_answer_nothing(output: str, examples: list[str], found: list[str | None]) -> None:
+    """Two examples, questions 3 to 6. Counted from 1, the examples' own answers would stand for them."""
+    assert sections(output, 3, 4, examples) == found
+
+
+def test_an_output_that_repeats_the_examples_scores_nothing(tmp_path: Path) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    lines = [f'{{"question": "How many are {i}?", "answer": "It is {i}.\\n#### {i}"}}\n' for i in range(8)]
+    for split in ("test", "train"):
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("".join(lines))
+    (task,) = find_tasks(["lg_gsm8k:k=4,t=2"])
+    sample = task.samples(shots=2, shot_seed=0, limit=1, data_dir=str(tmp_path))[0]
+    score = task.score(sample, answers(sample.meta["examples"]))
+    assert (score.value, score.extracted, score.extra["answered"]) == (0, None, 0)
+    right = task.score(sample, answers([f"So.\nThe answer is {gold}." for gold in sample.target]))
+    assert right.value == 1, "counting from 1 is still read as such"
 
 
 @pytest.mark.parametrize(

@@ -109,13 +109,14 @@ def test_a_file_and_its_defaults(tmp_path: Path) -> None:
 def test_facts_from_a_file(tmp_path: Path) -> None:
     text = GOOD + (
         "metadata: {version: 2.0}\nnum_fewshot: 3\nchance: 0.25\nharmful: true\nchat: false\nsuites: [a, b]\n"
-        "reference: {llama3-8b: 0.79}\ncluster: subject\n"
+        "reference: {llama3-8b: 0.79, qwen3-4b-base: {0: 0.5, 8: 1}}\ncluster: subject\n"
         "generation_kwargs: {until: [], max_gen_toks: 9, temperature: 0}\n"
         "metric_list: [{metric: accuracy, aggregation: mean, higher_is_better: true}]\n"
     )
     (task,) = find_tasks([str(write(tmp_path, text))])
     assert (task.version, task.shots, task.chance, task.harmful, task.chat) == ("2.0", 3, 0.25, True, False)
-    assert (task.suites, task.reference, task.until) == (("a", "b"), {"llama3-8b": 0.79}, ())
+    assert (task.suites, task.until) == (("a", "b"), ())
+    assert task.reference == {"llama3-8b": {3: 0.79}, "qwen3-4b-base": {0: 0.5, 8: 1.0}}
     assert (task.max_new_tokens, task.metric) == (9, "accuracy")
 
 
@@ -209,3 +210,27 @@ def test_two_files_of_one_name(tmp_path: Path) -> None:
     other.write_text(GOOD)
     with pytest.raises(KvcliError, match="the name 'mine' is taken by"):
         find_tasks([str(write(tmp_path, GOOD)), str(other)])
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ("{llama3-8b: 79.45}", "'reference.llama3-8b.0' must be a score between 0 and 1, not 79.45"),
+        ("{llama3-8b: high}", "'reference.llama3-8b.0' must be a score between 0 and 1, not 'high'"),
+        ("{llama3-8b: {8: true}}", "'reference.llama3-8b.8' must be a score"),
+        ("{llama3-8b: {few: 0.5}}", "'reference.llama3-8b': 'few' is not a number of shots"),
+        ("{llama3-8b: {-1: 0.5}}", "-1 is not a number of shots"),
+        ("0.5", "'reference' must be a mapping"),
+    ],
+)
+def test_a_published_score_that_is_none_is_refused(tmp_path: Path, reference: str, said: str) -> None:
+    with pytest.raises(KvcliError) as caught:
+        find_tasks([str(write(tmp_path, f"{GOOD}reference: {reference}\n"))])
+    line = len(GOOD.splitlines()) + 1
+    assert said in caught.value.what and f".yaml:{line}: " in caught.value.what and caught.value.fix
+
+
+def test_a_setting_of_shots_does_not_move_published_scores(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "num_fewshot: 3\nfewshot_split: train\nreference: {llama3-8b: 0.5}\n")
+    (task,) = find_tasks([f"{path}:shots=1"])
+    assert task.usual_shots == 1 and task.reference == {"llama3-8b": {3: 0.5}}

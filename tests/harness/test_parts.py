@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from kvcli.errors import KvcliError
+from kvcli.evals.harness import package
 from kvcli.evals.harness.live import cut
 from kvcli.evals.harness.tasks import find
 from kvcli.harness.requests import request, settings_text
+from tests.harness.reference import NO_HARNESS
 
 
 def test_the_builder_s_turns_are_shots_and_question() -> None:
@@ -64,6 +66,14 @@ def test_without_lm_eval_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyP
     with pytest.raises(KvcliError, match="lm-evaluation-harness is not installed") as e:
         find("nobody_asked_for_this_name_before")
     assert e.value.fix == "pip install 'kvcli[lm-eval]'"
+
+
+def test_written_exemplars_of_a_task_or_why_there_are_none() -> None:
+    pytest.importorskip("lm_eval", reason=NO_HARNESS)
+    rows, why = package.samples_of("gsm8k_cot")
+    assert len(rows) == 8 and why == "" and set(rows[0]) == {"question", "target"}
+    for name in ("hellaswag", "nobody_has_this_task"):
+        assert package.samples_of(name) == ([], f"the installed lm-eval has none in its task '{name}'")
 
 
 def test_finding_tasks_imports_no_torch() -> None:

@@ -130,6 +130,17 @@ def test_a_subject_is_found_in_the_file_of_all(small: Path) -> None:
     assert all("about anatomy" in s.segments[0].text and s.segments[0].region == "system" for s in samples)
 
 
+def test_a_subject_without_rows_is_named_and_does_not_become_all_of_them(small: Path) -> None:
+    path = small / "mmlu" / "test.jsonl"
+    with pytest.raises(KvcliError, match="no row has the subject 'astronomy'") as caught:
+        asked(one("mmlu_astronomy"), small, 0)
+    assert str(path) in caught.value.what and str(small / "mmlu" / "astronomy" / "test.jsonl") in caught.value.fix
+    own = [{"question": f"Why {i}?", "choices": ["a", "b", "c", "d"], "answer": 0} for i in range(3)]
+    write(small / "mmlu" / "astronomy" / "test.jsonl", own)
+    assert len(asked(one("mmlu_astronomy"), small, 0)) == 3
+    assert len(asked(one("mmlu_anatomy"), small, 0, limit=None)) == 6
+
+
 def test_gold_answers_score_1_empty_ones_0(small: Path) -> None:
     task = one("gsm8k")
     for sample in asked(task, small, 0):

@@ -93,6 +93,7 @@ CALLED = {
     "takes CPU time from another process": "import resource\nresource.prlimit(SLEEPER, resource.RLIMIT_CPU, (0, 0))",
     "slows another process down": "import os\nos.setpriority(os.PRIO_PROCESS, SLEEPER, 19)",
     "traces another process": "import ctypes\nassert ctypes.CDLL(None).ptrace(16, SLEEPER, 0, 0) == 0",
+    "lives on when kvcli is killed": "import ctypes\nassert ctypes.CDLL(None).prctl(1, 0, 0, 0, 0) == 0",
     "becomes root": "import os\nos.setuid(0)\nassert os.geteuid() == 0",
     "makes name spaces": "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0",
     "mounts": "import ctypes\nassert ctypes.CDLL(None).mount(b'tmpfs', b'/', b'tmpfs', 0, None) == 0",

@@ -164,7 +164,21 @@ def test_a_checker_that_cannot_be_started_is_no_verdict(monkeypatch: pytest.Monk
     world.unharmed()
 
 
-def test_nothing_outlives_kvcli(way: Means, world) -> None:
+OUTLIVES = """
+import ctypes, threading, time
+libc = ctypes.CDLL(None)
+libc.prctl(1, 0, 0, 0, 0)
+def again(): libc.prctl(1, 0, 0, 0, 0); time.sleep(600)
+threading.Thread(target=again).start()
+time.sleep(0.2)
+libc.prctl(15, b'did what it can', 0, 0, 0)
+time.sleep(600)
+"""
+"""Waits, and tells the kernel not to end it with its parent; its name says that it has done so."""
+
+
+@pytest.mark.parametrize("program", [OUTLIVES, "import time\ntime.sleep(600)"], ids=["asks to", "waits"])
+def test_nothing_outlives_kvcli(program: str, way: Means, world) -> None:
     """kvcli is killed while a program waits."""
     code = f"""
 from kvcli.sandbox import process
@@ -173,13 +187,13 @@ from kvcli.sandbox.limits import Limits, Program
 from kvcli.sandbox.means import Means
 plain = process.environment
 process.environment = lambda work: {{**plain(work), "LC_IDENTIFICATION": {world.mark!r}}}
-judge(Program("import time\\ntime.sleep(600)", "f", {TEST!r}), Limits(wall_seconds=600.0), Means({way.name!r}))
+judge(Program({program!r}, "f", {TEST!r}), Limits(wall_seconds=600.0), Means({way.name!r}))
 """
     root = Path(__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(world.folder / "tmp")}
     kvcli = subprocess.Popen([sys.executable, "-c", code], cwd=root, env=env)
     until = time.monotonic() + 60
-    while not _waiting(world):
+    while not _waiting(world, "did what it can" if program == OUTLIVES else ""):
         assert time.monotonic() < until, "the program never began"
         time.sleep(0.05)
     time.sleep(0.3)
@@ -188,7 +202,8 @@ judge(Program("import time\\ntime.sleep(600)", "f", {TEST!r}), Limits(wall_secon
     assert world.left() == []
 
 
-def _waiting(world) -> bool:
-    """Whether both processes are there, in their temporary folders."""
+def _waiting(world, name: str) -> bool:
+    """Whether both processes are there, in their temporary folders, and one has that name."""
     marked = [p for p in Path("/proc").iterdir() if p.name.isdigit() and world._marked(int(p.name))]
-    return sum("kvcli-program" in os.path.realpath(p / "cwd") for p in marked) >= 2
+    named = not name or any((p / "comm").read_text().strip() == name for p in marked)
+    return named and sum("kvcli-program" in os.path.realpath(p / "cwd") for p in marked) >= 2

@@ -148,7 +148,7 @@ def test_what_the_filter_lets_through(machine: str) -> None:
     numbers = {name: n[column] for name, n in seccomp.table(seccomp.TABLE).items() if n[column] is not None}
     refused, missing = seccomp.REFUSE | seccomp.EPERM, seccomp.REFUSE | seccomp.ENOSYS
     closer = seccomp.calls(machine)[1]
-    assert set(closer) == {"clone", "clone3", "prlimit64", "sched_setaffinity", "fcntl", "ioctl"}
+    assert set(closer) == {"clone", "clone3", "prlimit64", "sched_setaffinity", "fcntl", "ioctl", "prctl"}
     for name, number in numbers.items():
         if name not in closer:
             assert verdict(machine, number) == refused, name
@@ -164,6 +164,8 @@ def test_what_the_filter_lets_through(machine: str) -> None:
     assert verdict(machine, numbers["fcntl"], 3, 8) == refused
     assert verdict(machine, numbers["ioctl"], 0, 0x5401) == seccomp.ALLOW
     assert verdict(machine, numbers["ioctl"], 0, 0x5412) == refused
+    assert verdict(machine, numbers["prctl"], 15) == seccomp.ALLOW
+    assert verdict(machine, numbers["prctl"], 1) == verdict(machine, numbers["prctl"], 1 | 1 << 32, 9) == refused
     assert verdict(machine, 451) == verdict(machine, 0x40000000 | 39) == missing
     assert verdict(machine, read_write_mmap[0], arch=0x40000003) == seccomp.KILL
 

@@ -15,13 +15,13 @@ from zlib import crc32
 from kvcli.errors import KvcliError
 
 COLOURS = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#332288", "#882255", "#7A7A00", "#666666",
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#332288", "#801262", "#5A3A00", "#666666",
 )  # fmt: skip
-"""Okabe and Ito's palette without yellow and black, then four of Tol's: apart for colour-blind readers."""
+"""Okabe and Ito's palette without yellow and black, then four darker ones: apart for colour-blind readers, too."""
 _DARK = (
-    "#3E9BDC", "#FF8A3D", "#22C08F", "#EC9CCB", "#F5BC42", "#9ADBFF", "#9B8CF2", "#D9669C", "#BDBD45", "#B0B0B0",
+    "#28C5FA", "#D27919", "#20AB62", "#FCC8B0", "#FACF37", "#78FFFF", "#A15FF5", "#9F59A5", "#C4E87A", "#9A9AA2",
 )  # fmt: skip
-"""The same ten, lighter."""
+"""Ten for a dark page, as far apart."""
 _PLACES = (0, 9, 2, 3, 4, 5, 6, 7, 8, 1)
 """Grey is drawn in place of the second colour: it falls to a baseline."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")

@@ -19,6 +19,8 @@ OWN_SEED = 1234
 """`DEFAULT_OTHER_SEED` of lm-eval's `defaults.py`: the seed of its shots unless a user gives another."""
 UNASKED = ("exact_match", "acc_mutual_info")
 """Metrics of choices that need more than the log-likelihoods of the options behind the prompt."""
+WHOLE = ("all", "default")
+"""Configurations that are a data set's all rows."""
 
 
 @dataclass(frozen=True)
@@ -206,10 +208,21 @@ class _Splits(dict[str, Any]):
 
 
 def _of_configuration(rows: list[Row], data: DataSet, split: str, data_dir: str) -> list[Row]:
-    """Of a file that holds all subjects of a data set (mmlu's `all`), those of the wanted one."""
-    shared = data.name is not None and split_file(data, split, data_dir).name == f"{split}.jsonl"
-    mine = [row for row in rows if row.values.get("subject") == data.name] if shared else []
-    return mine or rows
+    """Of a file that holds all subjects of a data set (mmlu's `all`), those of the wanted one.
+
+    A file of the configuration's own (`NAME/test.jsonl`, `NAME_test.jsonl`) is taken as it is. Raises KvcliError where
+    rows name their subject and none is the wanted one: all of them would be another task.
+    """
+    path = split_file(data, split, data_dir)
+    whole = data.name is None or data.name in WHOLE or path.name != f"{split}.jsonl" or path.parent.name == data.name
+    if whole or not any("subject" in row.values for row in rows):
+        return rows
+    mine = [row for row in rows if row.values.get("subject") == data.name]
+    if not mine:
+        what = f"{path}: no row has the subject '{data.name}' (field 'subject')"
+        fix = f"put its rows into {path.parent / str(data.name)}/{split}.jsonl, or name the subject in them"
+        raise KvcliError(what, given=f"--task {data.task} --data-dir {data_dir}", fix=fix)
+    return mine
 
 
 @cache

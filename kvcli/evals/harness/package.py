@@ -68,6 +68,23 @@ def definition(name: str) -> Path | None:
     return found[0][0] if [kind for _, kind in found] == [b"task"] else None
 
 
+@cache
+def samples_of(name: str) -> tuple[list[dict[str, Any]], str]:
+    """The exemplars written in lm-eval's task of this name (`fewshot_config: {samples: [...]}`), and why there are
+    none. Raises nothing: tasks that could use them can do without."""
+    if importlib.util.find_spec("lm_eval") is None:
+        return [], "lm-evaluation-harness, which has them, is not installed (pip install 'kvcli[lm-eval]')"
+    path = definition(name)
+    try:
+        config = load_yaml(path, functions=False).get("fewshot_config") if path is not None else None
+    except KvcliError as e:
+        return [], e.what
+    rows = config.get("samples") if isinstance(config, dict) else None
+    if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
+        return rows, ""
+    return [], f"the installed lm-eval has none in its task '{name}'"
+
+
 def load_yaml(path: Path, *, functions: bool = True) -> dict[str, Any]:
     """A task's file with what it includes; its functions imported, or their names."""
     with supported(), quiet():

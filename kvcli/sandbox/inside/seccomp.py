@@ -45,6 +45,7 @@ adjtimex 159 171; clock_adjtime 305 266; sethostname 170 161; setdomainname 171 
 personality 135 92; vhangup 153 58; lookup_dcookie 212 18;
 # looked at more closely
 clone 56 220; clone3 435 435; prlimit64 302 261; sched_setaffinity 203 122; fcntl 72 25; ioctl 16 29;
+prctl 157 167;
 """
 """name, number on x86_64, number on aarch64; the words behind # say what the lines below them are about."""
 
@@ -66,6 +67,7 @@ Line = tuple[int, int, int, int]
 FORBIDDEN_ARGUMENTS = {
     "fcntl": (1, (8, 10, 15)),  # F_SETOWN, F_SETSIG, F_SETOWN_EX: signals to other processes
     "ioctl": (1, (0x5412, 0x541C, 0x8901, 0x8902)),  # TIOCSTI, TIOCLINUX, FIOSETOWN, SIOCSPGRP
+    "prctl": (0, (kernel.PR_SET_PDEATHSIG,)),  # it must end with kvcli, killed or not
 }
 OWN_PROCESS_ONLY = ("prlimit64", "sched_setaffinity")
 """Their first argument must be 0, which means the caller."""
