@@ -1,0 +1,132 @@
+"""Which methods are ahead of which at the same bytes, and where that must not be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvcli.analysis import family, matched, wording
+from kvcli.analysis.family import Family
+from kvcli.analysis.load import Run
+from kvcli.analysis.marked import Bullets, Grid, Paragraph, Section, code, section, user
+from kvcli.analysis.matched import Pair
+from kvcli.analysis.scores import SampleScores
+from kvcli.analysis.stats import Difference
+from kvcli.analysis.tables import CellSummary, TaskTable, unlike_reference
+from kvcli.analysis.verdict_text import named, twin
+from kvcli.analysis.verdicts import MARGIN, Kind, judge_all
+
+NOTHING = "none"
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The best method of each size against the others of one run."""
+
+    pairs: tuple[Pair, ...]
+    refused: tuple[tuple[TaskTable, str], ...]
+    """Tables whose methods are not ranked, and why."""
+
+
+def rank(run: Run, scores: SampleScores, tables: Sequence[TaskTable], margin: float = MARGIN) -> Ranking:
+    """The method with the highest score of each size against those with its bytes, none over budget. A table whose full
+    is not where it was published is refused.
+
+    The family is all pairs that the plan asks for the same size. Looking for the best one first costs nothing, because
+    intervals hold for all of them; pairs that are not looked at count as p = 1.
+    """
+    refused = tuple((table, reason) for table in tables if (reason := unlike_reference(table)))
+    asked = [t for t in tables if not unlike_reference(t) and not (t.first_token == "prefill" and twin(t, tables))]
+    found = [pair for table in asked for column in table.columns for pair in _with_best(scores, table, column.text)]
+    described = run.meta.get("cells")
+    facts = described.values() if isinstance(described, dict) else ()
+    whole = Family(max(family.between_methods(facts), len(found)), planned=bool(facts))
+    verdicts = judge_all([entry[-1] for entry in found], whole, margin)
+    return Ranking(tuple(Pair(*e, v) for e, v in zip(found, verdicts, strict=True) if v is not None), refused)
+
+
+def _with_best(
+    scores: SampleScores, table: TaskTable, column: str
+) -> list[tuple[TaskTable, str, CellSummary, CellSummary, Difference]]:
+    """The highest score of a column first, in each of its pairs."""
+    cells = {c.label: c for c in table.cells() if c.column == column and c.n and not c.over_budget}
+    pairs = matched.pairs({label: cell.measured_ratio for label, cell in cells.items()})
+    best = max((cells[label] for pair in pairs for label in pair), key=lambda c: c.score, default=None)
+    found = []
+    for other in [label for pair in pairs if best and best.label in pair for label in pair]:
+        if best is None or other == best.label:
+            continue
+        (first, clusters), (second, _) = scores.of(best.cell_ids), scores.of(cells[other].cell_ids)
+        if (~np.isnan(first) & ~np.isnan(second)).any():
+            found.append((table, column, best, cells[other], matched.difference(first, second, clusters)))
+    return found
+
+
+def ranking_section(ranking: Ranking, tables: Sequence[TaskTable]) -> Section | None:
+    """Per task and size: the highest score, what is established behind it, what cannot be told apart from it."""
+    said = [f"{named(table, tables)}: {user(reason)}." for table, reason in ranking.refused]
+    every = [(table, column, _row(table, column, pairs, tables)) for (table, column), pairs in _grouped(ranking.pairs)]
+    rows = [row for _, _, row in every if row[3] != NOTHING]
+    flat: dict[str, list[str]] = {}
+    for table, column, row in every:
+        if row[3] == NOTHING:
+            flat.setdefault(named(table, tables), []).append(column)
+    if not every and not said:
+        return None
+    size = ranking.pairs[0].verdict.family if ranking.pairs else 0
+    explained = (
+        f"Paired differences between methods whose measured bytes differ by at most {100 * matched.TOLERANCE:.0f} %, "
+        f"on the same samples. The family is all {size} pairs that the plan asks for the same size: intervals hold "
+        "together, p is Holm-adjusted. Methods over budget are not among them. The highest score is no winner: methods "
+        "of the last column may be as good."
+    )
+    head = (
+        "task",
+        "asked",
+        "highest score",
+        "established behind it, by points [simultaneous]",
+        "not told apart from it",
+    )
+    grid = Grid(head, rows) if rows else None
+    alike = "; ".join(f"{task} at {', '.join(columns)}" for task, columns in flat.items())
+    none = Paragraph(f"No method is established behind another that has the highest score: {alike}.") if flat else None
+    refused = Bullets.of([f"Not ranked: {text}" for text in said]) if said else None
+    return section(
+        "ranking",
+        "Method against method, at the same bytes",
+        refused,
+        Paragraph(explained) if every else None,
+        grid,
+        none,
+    )
+
+
+def _grouped(pairs: Sequence[Pair]) -> list[tuple[tuple[TaskTable, str], list[Pair]]]:
+    found: dict[tuple[int, str], list[Pair]] = {}
+    for pair in pairs:
+        found.setdefault((id(pair.table), pair.column), []).append(pair)
+    return [((group[0].table, group[0].column), group) for group in found.values()]
+
+
+def _row(table: TaskTable, column: str, pairs: Sequence[Pair], tables: Sequence[TaskTable]) -> list[str]:
+    best = pairs[0].first
+    behind = [(pair.second, pair) for pair in pairs if pair.verdict.kind is Kind.GAIN]
+    beside = [(pair.second, pair) for pair in pairs if pair.verdict.kind is not Kind.GAIN]
+    compared = {other.label for other, _ in behind + beside} | {best.label}
+    apart = [cell.label for cell in table.cells() if cell.column == column and cell.n and cell.label not in compared]
+    said = "; ".join(f"{code(o.label)} {_ends(p)}" for o, p in sorted(behind, key=lambda b: b[0].score))
+    together = ", ".join(code(o.label) for o, _ in beside)
+    left = f" (other bytes or over budget, so not compared: {', '.join(map(code, apart))})" if apart else ""
+    return [named(table, tables), column, _score(best), said or NOTHING, (together or "none") + left]
+
+
+def _ends(pair: Pair) -> str:
+    interval = pair.verdict.interval
+    ends = f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]" if interval else ""
+    return f"{100 * pair.verdict.value:.1f}{ends}"
+
+
+def _score(cell: CellSummary) -> str:
+    return f"{code(cell.label)} {wording.score(cell.score)}"
