@@ -41,6 +41,7 @@ class Niah(Task):
     depths: tuple[float, ...] = (0.0, 0.5, 1.0)
     repeats: int = 10
     needle: Literal["city", "number"] = "city"
+    conditions: tuple[str, ...] = ("depth", "length")
 
     def __post_init__(self) -> None:
         """Raises ValueError for settings that cannot work."""

@@ -81,7 +81,7 @@ class Contents:
         """All but the tables and figures, in order."""
         found = [
             verdict_section(self.tables, self.judged),
-            warnings_section(self.tables),
+            warnings_section(self.tables, self.run),
             ranking_section(self.ranking, self.tables),
             means_section(self.means),
             findings_section(self.findings),
@@ -122,7 +122,7 @@ def head(made: Contents) -> list[str]:
     return [text, *([warned] if count else [])]
 
 
-def warnings_section(tables: Sequence[TaskTable]) -> Section:
+def warnings_section(tables: Sequence[TaskTable], run: Run) -> Section:
     found = [f"{named(t, tables)}: {user(text)}." for t in tables for text in t.warnings]
     found += [
         f"{named(t, tables)}: {t.too_long} prompt{'s were' if t.too_long > 1 else ' was'} left out, longer than "
@@ -130,10 +130,25 @@ def warnings_section(tables: Sequence[TaskTable]) -> Section:
         for t in tables
         if t.too_long
     ]
+    found += [
+        f"{named(t, tables)}: {code('--truncate')} cut {t.truncated} prompt{'s' * (t.truncated > 1)}."
+        for t in tables
+        if t.truncated
+    ]
+    shown = {t.task for t in tables}
+    found += [
+        f"{code(task)}: nothing was measured, all its prompts are longer than {code('--max-prompt-tokens')}."
+        for task, facts in (run.meta.get("tasks") or {}).items()
+        if task not in shown and _sum(facts.get("too_long"))
+    ]
     none = Paragraph(
         "None: full is above chance, agrees with its published score where there is one, and its answers can be read."
     )
     return section("warnings", "Sanity warnings", Bullets.of(found) if found else none)
+
+
+def _sum(counts: Any) -> int:
+    return sum(counts.values()) if isinstance(counts, dict) else 0
 
 
 def means_section(means: Sequence[TasksMean]) -> Section | None:
@@ -292,11 +307,12 @@ def task_facts(table: TaskTable) -> str:
         f"{table.shots} shots" if table.shots is not None else "",
         f"shot seed {table.shot_seed}" if table.shot_seed else "",
         f"shot order {table.shot_order}" if table.shot_order else "", f"n = {wording.sample_range(table)}",
-        f"{table.clusters} clusters" if table.clusters else "",
+        wording.clusters(table),
         f"median prompt {table.n_prompt:.0f} tokens" if table.n_prompt is not None else "",
         f"chance {wording.score(table.chance)}" if table.chance is not None else "",
         f"published {table.reference:g}" if table.reference is not None else "",
         f"{table.too_long} prompts too long, left out" if table.too_long else "",
+        f"{table.truncated} prompts cut by --truncate" if table.truncated else "",
     ]  # fmt: skip
     return ", ".join(filter(None, parts))
 

@@ -213,7 +213,7 @@ def _intervals_used(table: TaskTable) -> list[str]:
 def _way(difference: Difference) -> str:
     interval = difference.interval
     if interval is None:
-        return "no interval: one independent unit only"
+        return "no interval: all samples are one cluster"
     return f"{interval.method}, p by {difference.test}" + (f" ({interval.note})" if interval.note else "")
 
 

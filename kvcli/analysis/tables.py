@@ -129,6 +129,8 @@ class TaskTable:
     shot_order: int = 0
     """Their order, 0 as they come."""
     too_long: int = 0
+    truncated: int = 0
+    """Prompts that --truncate cut."""
     """Prompts of the task that were left out for their length."""
     reference: float | None = None
     """The task's published score of this model with the full cache."""
@@ -286,7 +288,8 @@ def _table(
         version=None if version is None else str(version), chance=None if chance is None else float(chance),
         first_token=key.first_token, query=key.query, shots=key.shots, n_prompt=_median(run.n_prompt[every]),
         clusters=_cluster_count(run, every), full=_cell(run, FULL, *_FULL, full, None) if full else None,
-        weights=weights, shot_seed=key.shot_seed, shot_order=key.shot_order, too_long=_too_long(facts, key),
+        weights=weights, shot_seed=key.shot_seed, shot_order=key.shot_order,
+        too_long=_too_long(facts, key), truncated=_truncated(run, every),
         reference=_reference(run, facts, key.shots), harmful=bool(facts.get("harmful")),
         against_dense=_against(full, dense)[0] if full and dense else None, columns=columns,
         rows=tuple(Row(m, labels[m], found) for m, found in zip(methods, cells, strict=True) if found),
@@ -299,6 +302,11 @@ def _table(
             [_borrowed_note(borrowed)] * bool(borrowed) + _left_out(table) + _beside_dense(table) + _off_match(table)
         ),
     )
+
+
+def _truncated(run: Run, rows: NDArray[np.int64]) -> int:
+    """Samples whose prompt was cut."""
+    return len(np.unique(run.sample[rows[run.figures["cut"][rows] > 0]]))
 
 
 def _too_long(facts: Mapping[str, Any], key: Any) -> int:
@@ -412,9 +420,15 @@ def _cell(run: Run, method: str, label: str, column: Column, scores: _Scores, fu
         interval=stats.score_interval(values, clusters) if len(values) else None,
         difference=difference, relative=relative, measured_ratio=_mean(run.measured_ratio[done]), records=records,
         flags=_flag_counts(run, done), no_answer=_share(~run.answered[done]), truncated=_share(run.truncated[done]),
-        extra={name: mean for name, column in run.extra.items() if (mean := _mean(column[done])) is not None}
-        | _pass_at_k(run, scores),
+        extra=_extra(run, scores, done) | _pass_at_k(run, scores),
     )  # fmt: skip
+
+
+def _extra(run: Run, scores: _Scores, done: NDArray[np.int64]) -> dict[str, float]:
+    """Means of the scorer's further figures, without those that only say where a sample stands."""
+    standing = run.task_facts(run.cells[scores.cells[0]].task).get("conditions") or ()
+    means = {name: _mean(column[done]) for name, column in run.extra.items() if name not in standing}
+    return {name: mean for name, mean in means.items() if mean is not None}
 
 
 def _pass_at_k(run: Run, scores: _Scores) -> dict[str, float]:

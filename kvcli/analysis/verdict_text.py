@@ -131,7 +131,7 @@ def amount(verdict: Verdict) -> str:
 
 def needs(verdict: Verdict) -> str:
     if verdict.interval is None:
-        return "no interval: one independent unit only"
+        return "cannot be judged, all samples are one cluster"
     if verdict.needed is None:
         return f"n = {verdict.n} is too small"
     count = verdict.needed.samples

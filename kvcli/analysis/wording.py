@@ -133,3 +133,13 @@ def sample_range(table: TaskTable) -> str:
     """'200', or '196-200' where cells differ."""
     counts = [c.n for c in table.cells()] + ([table.full.n] if table.full else [])
     return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"
+
+
+def clusters(table: TaskTable) -> str:
+    """'20 clusters'; of one it says what follows from that."""
+    if not table.clusters:
+        return ""
+    if table.clusters > 1:
+        return f"{table.clusters} clusters"
+    why = ", one context for all questions" if table.query == "agnostic" else ""
+    return f"1 cluster{why}: no interval, no test"

@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "kvcli.cli.report",
         "Write a report: verdicts, tables with intervals and paired differences, figures, provenance.",
     ),
-    "plot": ("kvcli.cli.plot", "Draw score and loss against the measured kept ratio."),
+    "plot": ("kvcli.cli.plot", "Draw figures of a result folder or of bench's measurements."),
     "attn-map": ("kvcli.cli.attn_map", "Draw what a model attends to and what methods throw away."),
     "export": ("kvcli.cli.export", "Write results as CSV, Parquet, lm-eval or Every Eval Ever files."),
     "show": ("kvcli.cli.show", "Print one prompt with kept tokens marked and all outputs."),

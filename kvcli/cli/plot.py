@@ -1,54 +1,136 @@
-"""kvcli plot: figures of a result folder."""
+"""kvcli plot: figures of a result folder, or of bench's measurements."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from kvcli.analysis.figures.kinds import Kind
+    from kvcli.analysis.figures.style import Style
+    from kvcli.errors import KvcliError
 
 
 def command(
     run: Annotated[
-        str, typer.Argument(metavar="RUN", help="Result folder, or the unique beginning of its name under runs/.")
+        str,
+        typer.Argument(metavar="RUN", help="Result folder, or the unique beginning of its name under runs/; or a "
+                       "folder of kvcli bench."),
     ],
+    kind: Annotated[
+        list[str] | None,
+        typer.Option("--kind", "-k", metavar="NAME[,NAME]|all", help="Figures to draw.",
+                     show_default="difference,score; of bench latency,throughput"),
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", "-M", metavar="NAME[,NAME]", help="Only these methods, and full.")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", "-t", metavar="NAME[,NAME]", help="Only these tasks; globs work.")
+    ] = None,
+    ratio: Annotated[
+        list[str] | None,
+        typer.Option("--ratio", "-r", metavar="LIST", help="Only these requested ratios: 0.1,0.5 or 0.1..0.9:0.2."),
+    ] = None,
+    style: Annotated[
+        str, typer.Option("--style", metavar="screen|paper", help="paper: column widths and type of a print page.")
+    ] = "screen",
+    theme: Annotated[str, typer.Option("--theme", metavar="light|dark", help="Colour of the page.")] = "light",
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for the figures.", show_default="RUN/figures")
     ] = None,
     formats: Annotated[
-        str, typer.Option("--format", metavar="LIST", help="png, pdf or svg, joined by commas.")
-    ] = "png,pdf",
+        str | None,
+        typer.Option("--format", metavar="LIST", help="png, pdf or svg, joined by commas.",
+                     show_default="png,pdf; with --style paper pdf"),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document with the files written.")] = False,
-) -> None:
-    """Draw score and loss against the measured kept ratio.
+) -> None:  # fmt: skip
+    """Draw figures of a result folder or of bench's measurements.
 
-    Writes difference.* (paired difference to full: the figure to compare
-    methods with) and score.*: a panel per task, a line per method, 95 %
-    intervals, and beside each figure the data behind it as JSON.
-    Hollow points: over budget, or prompts too short to compress.
+    Beside each figure stands the data behind it as JSON (docs/plots.md).
+    difference  paired difference to full: what to compare methods with
+    score       scores with their intervals
+    relative    relative change of the score, the paper's delta P
+    kl, top1    how far predictions moved from full's
+    heatmap     methods x tasks, for many methods
+    pareto      score against bytes
+    shots       loss and score by number of shots
+    gain        what shots gain against what compression loses
+    needle      score by depth and length
+    latency, throughput      of a folder of kvcli bench
+    First-token modes, query modes, shots and weights are never mixed.
     Needs no GPU and no model.
 
     \b
     Examples:
       kvcli plot runs/demo
-      kvcli plot demo --format pdf --out paper/figures
-      kvcli plot demo --json
+      kvcli plot runs/demo --kind all --theme dark
+      kvcli plot demo --kind heatmap --ratio 0.1 --style paper --out paper/figures
     """
-    from kvcli.analysis.load import find_run, load_run
-    from kvcli.analysis.plots import plot
+    from kvcli.analysis import plots
+    from kvcli.analysis.figures import bars, kinds
+    from kvcli.analysis.figures import style as styles
     from kvcli.cli import output
     from kvcli.errors import KvcliError
 
-    folder = find_run(run)
-    written = plot(load_run(folder), out or folder / "figures", [name.strip() for name in formats.split(",")])
+    chosen, look = kinds.chosen(kind or []), styles.style(style, theme)
+    wanted = [name.strip() for name in (formats or ("pdf" if style == "paper" else "png,pdf")).split(",")]
+    plots.check_formats(wanted)
+    folder = bars.find(run)
+    if folder is not None:
+        if method or task or ratio:
+            given = f"RUN {run}"
+            raise KvcliError(
+                "filters are for results of a sweep", given=given, fix="leave out --method, --task, --ratio"
+            )
+        written = plots.plot_bench(bars.load(folder), out or folder / "figures", wanted, chosen, look)
+    else:
+        folder, written = _of_run(run, chosen, (method or [], task or [], ratio or []), out, wanted, look)
+    names = [str(path) for path in written]
+    empty = [k for k in chosen if not any(path.name.startswith(k.name) for path in written)]
     if not written:
-        fix = "kvcli sweep with the same --model and --out and a --method adds to it"
-        raise KvcliError(f"nothing to draw in {folder}: no method has finished samples", given=f"RUN {run}", fix=fix)
-    data = [str(path) for path in written if path.suffix == ".json"]
-    pictures = [str(path) for path in written if path.suffix != ".json"]
+        raise _nothing(run, folder, chosen if kind and kinds.ALL not in kind else [])
+    if kind:
+        source = kinds.BENCH if (folder / bars.FILE).is_file() else kinds.RUN
+        for one in (one for one in empty if one.source == source or kinds.ALL not in kind):
+            output.note(f"no {one.name}: it needs {one.needs}")
+    data = [name for name in names if name.endswith(".json")]
+    pictures = [name for name in names if not name.endswith(".json")]
     if json:
         output.json_result({"run": str(folder), "figures": pictures, "data": data})
     else:
         output.result("\n".join(pictures + data))
-    output.next_command(shlex.join(["kvcli", "report", str(folder)]))
+    if not (folder / bars.FILE).is_file():
+        output.next_command(shlex.join(["kvcli", "report", str(folder)]))
+
+
+def _of_run(
+    run: str, chosen: list[Kind], filters: tuple[list[str], list[str], list[str]], out: Path | None,
+    formats: list[str], look: Style,
+) -> tuple[Path, list[Path]]:  # fmt: skip
+    from kvcli.analysis.figures.views import filtered
+    from kvcli.analysis.load import find_run, load_run
+    from kvcli.analysis.plots import plot
+    from kvcli.grammar import parse_methods, parse_ratios, split_tasks
+
+    methods, tasks, ratios = filters
+    folder = find_run(run)
+    loaded = filtered(
+        load_run(folder), [str(m) for m in parse_methods(methods)], split_tasks(tasks), parse_ratios(ratios)
+    )
+    return folder, plot(loaded, out or folder / "figures", formats, None, chosen, look)
+
+
+def _nothing(run: str, folder: Path, asked: list[Kind]) -> KvcliError:
+    from kvcli.errors import KvcliError
+
+    if asked:
+        needed = "; ".join(f"{one.name} needs {one.needs}" for one in asked)
+        given = f"--kind {','.join(one.name for one in asked)}"
+        return KvcliError(f"nothing to draw in {folder}", given=given, fix=needed)
+    fix = "kvcli sweep with the same --model and --out and a --method adds to it"
+    return KvcliError(f"nothing to draw in {folder}: no method has finished samples", given=f"RUN {run}", fix=fix)

@@ -107,8 +107,7 @@ def _title(table: TaskTable) -> Text:
     text = Text(table.task, style="bold")
     text.append("".join(f"  {part}" for part in (what, wording.mode(table)) if part), style="not bold")
     facts = [_full_text(table), f"n {wording.sample_range(table)}"]
-    if table.clusters:
-        facts.append(f"in {table.clusters} clusters")
+    facts.append(wording.clusters(table))
     if table.chance is not None:
         facts.append(f"chance {wording.score(table.chance)}")
     if table.n_prompt is not None:

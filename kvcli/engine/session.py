@@ -213,6 +213,7 @@ def task_facts(prepared: Prepared, old: dict[str, Any]) -> dict[str, Any]:
         tasks[name] = {
             **judge, "ability": task.ability, "metric": task.metric, "version": task.version, "chance": task.chance,
             "harmful": task.harmful, "reference": references, "suites": list(task.suites),
+            "conditions": list(task.conditions),
             "source": task.source, "samples": len(prompts.samples), "too_long": left_out, "data": data,
         }  # fmt: skip
     return tasks

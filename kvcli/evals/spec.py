@@ -70,6 +70,8 @@ class Task(ABC):
     reference: dict[str, dict[int, float]] = field(default_factory=dict)
     """Published full-cache scores: model -> shots -> score."""
     suites: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
+    """Names in a score's `extra` that say where a sample stands (a depth, a length) and are no scores."""
     source: str = ""
     """The definition's file."""
     digest: str = ""

@@ -179,7 +179,8 @@ def printed(code: str, place: Path) -> list[str]:
 
 
 def test_python_on_the_page_of_results(place: Path) -> None:
-    scores, kept = blocks(RESULTS, "python")
+    scores, arrays, kept = blocks(RESULTS, "python")
+    assert all(line.startswith("tb_") for line in printed(arrays, place))
     lines = printed(scores, place)
     assert len(lines) == 2 * CURVES
     assert "tb_recall full 1.0 1.0" in lines
