@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,7 @@ def _row(task: Any) -> Row:
         "harmful": task.harmful, "chat": task.chat, "reference": _published(task.reference),
         "suites": list(task.suites),
         "dataset": {key.removeprefix("dataset_"): value for key, value in data.items()},
-        "package": _package(task, loader), "source": task.source,
+        "package": _package(task, loader), "source": task.source, "typed": loader.text_of(task),
         "settings": [
             {"name": key, "kind": kind_of(task, key), "value": value} for key, value in settings_of(task).items()
         ],
@@ -111,7 +112,9 @@ def print_rows(found: list[Row]) -> None:
     output.result(table)
     output.note("a suite or a pattern names several: --task testbed, --task 'tb_*'   your own: ./mine.yaml")
     output.note("with settings: --task tb_recall:prompt_tokens=300   one task whole: kvcli list tasks NAME")
-    output.next_command("kvcli sweep --model testbed --method tier1 --ratio 0.3 --task tb_recall")
+    built_in = next((row["name"] for row in found if "testbed" in row["suites"]), None)
+    run = f"kvcli sweep --model testbed --method tier1 --ratio 0.3 --task {built_in}"
+    output.next_command(run if built_in else f"kvcli list tasks {found[0]['name']}")
 
 
 def _fit(table: Table, widths: list[int]) -> None:
@@ -137,6 +140,8 @@ def _line(row: Row, packages: bool) -> tuple[object, ...]:
 
 def print_one(row: Row) -> None:
     """Remarks, facts and settings of one task."""
+    from rich.text import Text
+
     data = row["dataset"]
     where = " ".join(filter(None, (data["path"], data["name"]))) if data["path"] else None
     pairs = [
@@ -146,16 +151,33 @@ def print_one(row: Row) -> None:
         ("data set", where), ("its revision", data["revision"] or "the newest" if where else None),
         ("published, full cache", "; ".join(_by_shots(k, v) for k, v in row["reference"].items()) or None),
         ("suites", ", ".join(row["suites"]) or None), ("version", row["version"]),
-        ("package", row["package"] or "kvcli"), ("definition", row["source"]),
+        ("package", _whose(row)), ("definition", row["source"]),
     ]  # fmt: skip
-    output.result(row["name"] + (f"\n\n{row['about']}" if row["about"] else ""))
+    output.result(Text(row["name"] + (f"\n\n{row['about']}" if row["about"] else "")))
     output.result(output.table(("fact", "value"), [(name, str(v) if v is not None else None) for name, v in pairs]))
     settings = [(s["name"], s["kind"], _shown(s["value"])) for s in row["settings"]]
     settings.append(("shots", "a whole number", str(row["shots"])))
     output.result(output.table(("setting", "takes", "is"), settings))
     numbers = [(key, value) for key, kind, value in settings if kind == "a whole number"]
-    output.note(f"set them as in --task {row['name'].partition(':')[0]}:{numbers[0][0]}={numbers[0][1]}")
-    output.next_command(f"kvcli sweep --method tier1 --ratio 0.3 --task {row['name']} --limit 20 --dry-run")
+    bare = (
+        row["typed"].removesuffix(row["name"].partition(":")[2]).removesuffix(":")
+        if _own_settings(row)
+        else row["typed"]
+    )
+    output.note(f"set them as in --task {shlex.quote(f'{bare}:{numbers[0][0]}={numbers[0][1]}')}")
+    task = shlex.quote(row["typed"])
+    output.next_command(f"kvcli sweep --method tier1 --ratio 0.3 --task {task} --limit 20 --dry-run")
+
+
+def _own_settings(row: Row) -> bool:
+    """Whether its name ends in settings: `lm_eval:NAME` does not."""
+    return "=" in row["name"].rpartition(":")[2]
+
+
+def _whose(row: Row) -> str:
+    if str(row["typed"]).startswith("lm_eval:"):
+        return "lm-eval"
+    return row["package"] or ("kvcli" if "/" not in row["typed"] else "your own file")
 
 
 def _answers(row: Row) -> str:

@@ -42,6 +42,10 @@ class Metadata:
     version: str | None = None
 
 
+UNSTATED = (Metric("exact_match"),)
+"""`metric_list` where a definition has none."""
+
+
 @dataclass(frozen=True)
 class Common:
     """The keys every definition may have; those of the task's class come on top."""
@@ -54,7 +58,7 @@ class Common:
     num_fewshot: int = 0
     output_type: Literal["generate_until", "multiple_choice"] = "generate_until"
     generation_kwargs: Generation = field(default_factory=Generation)
-    metric_list: tuple[Metric, ...] = (Metric("exact_match"),)
+    metric_list: tuple[Metric, ...] = UNSTATED
     chance: float | None = None
     harmful: bool = False
     chat: bool = True
@@ -125,7 +129,7 @@ def _facts(common: Common, own: Mapping[str, Any]) -> dict[str, Any]:
         "name": common.task,
         "version": common.version or common.metadata.version or "1",
         "ability": common.ability,
-        "metric": common.metric_list[0].metric,
+        "metric": _metric(common, own),
         "shots": common.num_fewshot,
         "max_new_tokens": common.generation_kwargs.max_gen_toks,
         "until": until,
@@ -136,6 +140,15 @@ def _facts(common: Common, own: Mapping[str, Any]) -> dict[str, Any]:
         "reference": published(common.reference, common.num_fewshot),
         "suites": common.suites,
     }
+
+
+def _metric(common: Common, own: Mapping[str, Any]) -> str:
+    """What the score is called: as stated, else after the scorer that gives it."""
+    if common.metric_list is not UNSTATED:
+        return common.metric_list[0].metric
+    if common.output_type == "multiple_choice":
+        return "acc"
+    return str(own.get("scorer", UNSTATED[0].metric)).rpartition(":")[2]
 
 
 def published(reference: Mapping[str, Any], usual: int) -> dict[str, dict[int, float]]:

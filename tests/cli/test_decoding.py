@@ -258,10 +258,10 @@ def test_rows_that_never_fit_are_error_records_and_the_same_command_tries_again(
 ) -> None:
     ask = Asker.ask
 
-    def limited(self: Asker, prompts: Any, sample: int, cell: Any, ready: Any) -> Any:
+    def limited(self: Asker, prompts: Any, sample: int, cell: Any, ready: Any, *more: Any) -> Any:
         if cell.method == "h2o" and sample == 1:
             raise torch.OutOfMemoryError("no memory at all")
-        return ask(self, prompts, sample, cell, ready)
+        return ask(self, prompts, sample, cell, ready, *more)
 
     monkeypatch.setattr(Asker, "ask", limited)
     out = tmp_path / "run"

@@ -171,6 +171,7 @@ def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
 
 
+@pytest.mark.slow
 def test_a_model_and_a_task_are_fetched_and_then_used_without_the_hub(hub: Hub, home: Path) -> None:
     asked = ("--model", "org/tiny", "--task", "./sums.yaml")
     done = kvcli(hub.url, home, "prefetch", *asked, "--json")

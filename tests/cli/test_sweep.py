@@ -133,10 +133,10 @@ def test_the_default_folder_is_the_models_not_the_grids(kvcli, tmp_path, monkeyp
     plain = name("--method", "shotkv")
     assert re.fullmatch(r"results: runs/testbed-[0-9a-f]{8}", plain)
     grid = ("--ratio", "0.3"), ("--method", "h2o"), ("--limit", "2"), ("--shots", "4"), ("--seed", "1"), ("--no-full",)
-    for more in grid:
+    for more in (*grid, ("--shot-seed", "1"), ("--shot-order", "1"), ("--query", "agnostic")):
         assert name(*more) == plain, more
     random = model_folder(tmp_path / "tiny")
-    others = {name(*m) for m in (("--dtype", "float64"), ("--shot-seed", "1"), ("--max-new-tokens", "3"))}
+    others = {name(*m) for m in (("--dtype", "float64"), ("--system", "a"), ("--max-new-tokens", "3"))}
     others.add(name("--model", f"random:{random}:{TINY}"))
     assert len(others) == 4 and plain not in others
     assert not (tmp_path / "runs").exists()

@@ -161,7 +161,7 @@ def test_tables_and_figures_stand_apart(folder: Path) -> None:
     assert call("report", folder).code == 0
     report = (folder / "report.md").read_text()
     assert f"Weights `{HALF}`: 50.00 % of the 589,824 weights in 28 matrices are zero" in report
-    assert f"tb\\_arithmetic ({COARSE}" in report or f"tb_arithmetic ({COARSE})" in report
+    assert f"`tb_arithmetic` ({COARSE}" in report
 
 
 def test_folders_from_before_the_field_read_as_dense(folder: Path, tmp_path: Path) -> None:

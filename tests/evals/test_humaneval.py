@@ -132,6 +132,7 @@ def {0}(*args):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.sandbox
 def test_all_changed_solutions_fail(shared: str, safe: None) -> None:

@@ -261,6 +261,7 @@ def test_the_cache_is_used_when_the_hub_is_away(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(hub, "unreachable", lambda *source: "away")
     monkeypatch.setattr(data, "_load_dataset", cached)
+    monkeypatch.setattr("kvcli.evals.harness.package.samples_of", lambda name: ([], "it is not installed"))
     before = datasets.config.HF_HUB_OFFLINE
     (sample,) = load_task("gsm8k").samples(shots=8, shot_seed=0, limit=5, data_dir=None)
     assert seen == [True, True] and datasets.config.HF_HUB_OFFLINE is before

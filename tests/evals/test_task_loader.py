@@ -36,7 +36,11 @@ def test_names_suites_globs_and_lists() -> None:
     assert {*TESTBED, "gsm8k"} <= set(task_names())
 
 
-@pytest.mark.parametrize("text", ["gsm8", "tb_z*", "gsm8k,,tb_code", "", "lm_eval:x", "./no.yaml", "[", "no.yaml"])
+INDEXED = pytest.param("lm_eval:x", marks=pytest.mark.slow)
+"""Reads the whole index of lm-eval."""
+
+
+@pytest.mark.parametrize("text", ["gsm8", "tb_z*", "gsm8k,,tb_code", "", INDEXED, "./no.yaml", "[", "no.yaml"])
 def test_unknown_tasks(text: str) -> None:
     with pytest.raises(KvcliError) as caught:
         find_tasks([text])

@@ -52,6 +52,7 @@ def test_installed_tasks_are_listed_with_their_package(env: dict[str, str], tmp_
     assert shown.returncode == 0 and "kvcli-sample-tasks" in shown.stdout
 
 
+@pytest.mark.slow
 def test_installed_tasks_are_swept_by_name_and_suite(env: dict[str, str], tmp_path: Path) -> None:
     args = ("--method", "random", "--ratio", "0.5", "--task", "short_recall,counting:step=2", "--limit", "2")
     done = kvcli("sweep", "--model", "testbed", *args, "--out", "run", cwd=tmp_path, env=env)

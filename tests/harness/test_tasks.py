@@ -17,6 +17,7 @@ pytest.importorskip("lm_eval", reason=NO_HARNESS)
 from kvcli.evals.harness.task import HarnessTask
 from kvcli.evals.harness.tasks import find
 
+pytestmark = pytest.mark.slow  # lm-eval's own tasks are slow to build
 LIMIT = 20
 
 
@@ -173,7 +174,6 @@ def test_the_likeliest_option_is_chosen(small: Path) -> None:
         assert task.choose(sample, wrong).value == 0
 
 
-@pytest.mark.slow
 def test_groups_and_tags_are_their_tasks() -> None:
     names = [task.name for task in find("mmlu")]
     assert len(set(names)) == 57 and "lm_eval:mmlu_anatomy" in names
