@@ -56,19 +56,15 @@ def _row(task: Any) -> Row:
         "name": task.name, "version": task.version, "ability": task.ability, "type": task.output_type,
         "metric": task.metric, "shots": task.usual_shots, "max_new_tokens": task.max_new_tokens,
         "until": list(task.until), "chance": task.chance, "cluster": getattr(cluster, "text", cluster),
-        "harmful": task.harmful, "chat": task.chat, "reference": _published(task.reference),
+        "harmful": task.harmful, "chat": task.chat, "reference": task.published,
         "suites": list(task.suites),
         "dataset": {key.removeprefix("dataset_"): value for key, value in data.items()},
-        "package": _package(task, loader), "source": task.source, "typed": loader.text_of(task),
+        "package": _package(task, loader), "source": task.source,
+        "typed": loader.text_of(task), "bare": loader.bare_text_of(task),
         "settings": [
             {"name": key, "kind": kind_of(task, key), "value": value} for key, value in settings_of(task).items()
         ],
     }  # fmt: skip
-
-
-def _published(reference: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, float]]:
-    """Keys as JSON and run.json have them."""
-    return {model: {str(shots): score for shots, score in scores.items()} for model, scores in reference.items()}
 
 
 def _by_shots(model: str, scores: Mapping[str, float]) -> str:
@@ -159,19 +155,11 @@ def print_one(row: Row) -> None:
     settings.append(("shots", "a whole number", str(row["shots"])))
     output.result(output.table(("setting", "takes", "is"), settings))
     numbers = [(key, value) for key, kind, value in settings if kind == "a whole number"]
-    bare = (
-        row["typed"].removesuffix(row["name"].partition(":")[2]).removesuffix(":")
-        if _own_settings(row)
-        else row["typed"]
-    )
-    output.note(f"set them as in --task {shlex.quote(f'{bare}:{numbers[0][0]}={numbers[0][1]}')}")
+    name, value = numbers[0]
+    example = f"{row['bare']}:{name}={value}"
+    output.note(f"set them as in --task {shlex.quote(example)}")
     task = shlex.quote(row["typed"])
     output.next_command(f"kvcli sweep --method tier1 --ratio 0.3 --task {task} --limit 20 --dry-run")
-
-
-def _own_settings(row: Row) -> bool:
-    """Whether its name ends in settings: `lm_eval:NAME` does not."""
-    return "=" in row["name"].rpartition(":")[2]
 
 
 def _whose(row: Row) -> str:

@@ -13,7 +13,7 @@ from kvcli.cache.kv_cache import CompressedCache
 from kvcli.cache.workspace import Workspace
 from kvcli.engine.fidelity import WIDE, passes
 from kvcli.engine.generate import Ask, AskOutOfMemory, Build, Generated, OutOfRoom
-from kvcli.engine.memory import Room, is_out_of_memory
+from kvcli.engine.memory import Room, batches, is_out_of_memory
 
 if TYPE_CHECKING:
     from kvcli.models.wrapper import Model
@@ -40,7 +40,9 @@ def choose(model: Model, asks: Sequence[Ask], memory: Workspace, build: Build, r
     for ask, output in zip(asks, outputs, strict=True):
         if ask.start.given is not None:
             output.loglikelihoods = [float(ask.tag.first[ids[0]]) for ids in ask.options]
-    for lines in _batches([line for a, ask in enumerate(asks) for line in _lines(a, ask)], asks, room):
+    every = [line for a, ask in enumerate(asks) for line in _lines(a, ask)]
+    for some in batches([(asks[line.ask].row, len(line.fed)) for line in every], room):
+        lines = [every[i] for i in some]
         failed: OutOfRoom | None = None
         try:
             _run(model, asks, lines, outputs, memory, build)
@@ -75,20 +77,6 @@ def _run(
         output = outputs[line.ask]
         output.alloc = cache.nbytes() // len(lines)
         output.read, output.left_out = cache.read_per_token(r), output.left_out or cache.left_out(r)
-
-
-def _batches(lines: Sequence[_Line], asks: Sequence[Ask], room: Room) -> Iterator[list[_Line]]:
-    batch: list[_Line] = []
-    tally = room.tally()
-    for line in lines:
-        row, new = asks[line.ask].row, len(line.fed)
-        if batch and not tally.fits(row, new):
-            yield batch
-            batch, tally = [], room.tally()
-        tally.add(row, new)
-        batch.append(line)
-    if batch:
-        yield batch
 
 
 def _lines(number: int, ask: Ask) -> list[_Line]:

@@ -11,7 +11,7 @@ from kvcli.cache.workspace import Workspace
 from kvcli.engine import fidelity
 from kvcli.engine.asking import Asker, Choice
 from kvcli.engine.generate import Ask, Build, OutOfRoom
-from kvcli.engine.memory import Room, is_out_of_memory
+from kvcli.engine.memory import Room, batches, is_out_of_memory
 from kvcli.engine.plan import Cell
 from kvcli.engine.prefilling import Ready
 from kvcli.engine.prompts import PromptSet
@@ -80,7 +80,8 @@ class Comparer:
                 found[i] = fidelity.same(len(fidelity.forced(ask, self.answers[key]).right))
         mine = [i for i, key in enumerate(keys) if key is not None and asks[i].tag.cell.method != "full"]
         one = build is not CompressedCache
-        for some in fidelity.batches([asks[i] for i in mine], room):
+        sizes = [(asks[i].row, fidelity.MOST_TOKENS + len(asks[i].start.follow)) for i in mine]
+        for some in batches(sizes, room):
             part = [mine[at] for at in some]
             rows = [asks[i] for i in part]
             failed: OutOfRoom | None = None

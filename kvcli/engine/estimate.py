@@ -270,21 +270,10 @@ def _groups(prompt_sets: dict[PromptKey, PromptSet], parts: Sequence[_Part], met
             new = sorted(some - dense)  # the first group of a prompt pays for its dense prefill
             dense |= some
             tokens = own + (_shared_tokens([prompts.parts[i] for i in new]) if new else 0)
-            found.append(
-                Group(
-                    key.task,
-                    key.shots,
-                    key.shot_seed,
-                    key.shot_order,
-                    key.query,
-                    weights,
-                    sharing,
-                    len(cells),
-                    len(some),
-                    tokens,
-                    alone,
-                )
-            )
+            found.append(Group(
+                key.task, key.shots, key.shot_seed, key.shot_order, key.query, weights, sharing, len(cells), len(some),
+                tokens, alone,
+            ))  # fmt: skip
     return found
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from kvcli.cache.kv_cache import CompressedCache
 from kvcli.cache.workspace import Workspace
 from kvcli.engine.generate import Ask, Build
-from kvcli.engine.memory import Room
 
 if TYPE_CHECKING:
     from kvcli.models.wrapper import Model
@@ -144,18 +143,3 @@ def _compare(full: Tensor, other: Tensor, right: list[int]) -> Tensor:
     index = torch.tensor(right, device=a.device)[:, None]
     nll = (a.gather(1, index) - b.gather(1, index))[:, 0]
     return torch.stack([kl.sum(), (a.argmax(-1) == b.argmax(-1)).sum(), nll.sum()]).double()
-
-
-def batches(asks: Sequence[Ask], room: Room) -> Iterator[list[int]]:
-    """Indices of asks that fit in memory together."""
-    batch: list[int] = []
-    tally = room.tally()
-    for i, ask in enumerate(asks):
-        new = MOST_TOKENS + len(ask.start.follow)
-        if batch and not tally.fits(ask.row, new):
-            yield batch
-            batch, tally = [], room.tally()
-        tally.add(ask.row, new)
-        batch.append(i)
-    if batch:
-        yield batch

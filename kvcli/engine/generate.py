@@ -246,7 +246,6 @@ class _Batch:
         for r in answering:
             if self.asks[r].start.follow and not self.outputs[r].ids:
                 self.outputs[r].prompted = self.cache.payload(r)
-        for r in answering:
             choose = self.asks[r].choose
             if choose is not None:
                 self.tokens[r] = choose(logits[r], len(self.outputs[r].ids))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,20 @@ class Room:
     def halved(self, rows: int) -> Room:
         """After a batch of `rows` rows did not fit."""
         return replace(self, rows=max(1, rows // 2))
+
+
+def batches(rows: Sequence[tuple[Row, int]], room: Room) -> Iterator[list[int]]:
+    """Indices of rows, each with its new tokens, that fit in memory together, in their order."""
+    batch: list[int] = []
+    tally = room.tally()
+    for i, (row, new) in enumerate(rows):
+        if batch and not tally.fits(row, new):
+            yield batch
+            batch, tally = [], room.tally()
+        tally.add(row, new)
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 @dataclass

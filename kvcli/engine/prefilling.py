@@ -57,7 +57,7 @@ class Prefiller:
         cuts, prefixes = self._prefixes(prompts, batch, needs)
         groups: dict[tuple[int, ...], list[int]] = {}
         alike = _alike(prompts, batch, rows)
-        known = self._known(prompts, batch, alike, needs)
+        known = self._known(prompts, batch, alike, names)
         for row in (row for row in alike if row not in known):
             mine = cuts[batch.start + row]
             begin = prompts.parts[batch.start + row].ids[: mine[-1]] if mine else []
@@ -68,7 +68,7 @@ class Prefiller:
             lengths = [len(prompts.parts[batch.start + row].ids) - len(shared) for row in members]
             for some in _together(members, lengths):
                 ready.update(self._pass(prompts, [batch.start + row for row in some], some, needs, prefix))
-        self._remember(prompts, batch, ready, needs)
+        self._remember(prompts, batch, ready, names)
         for row, others in alike.items():
             ready |= {other: dataclasses.replace(ready[row], index=batch.start + other) for other in others}
         for each in ready.values():
@@ -80,7 +80,7 @@ class Prefiller:
         self._shared.clear()
         self._context_before = None
 
-    def _known(self, prompts: PromptSet, batch: PrefillBatch, rows: Iterable[int], needs: Needs) -> dict[int, Ready]:
+    def _known(self, prompts: PromptSet, batch: PrefillBatch, rows: Iterable[int], names: set[str]) -> dict[int, Ready]:
         """Rows about the context that was read last."""
         if self._context_before is None or prompts.key.query == "aware":
             return {}
@@ -89,13 +89,13 @@ class Prefiller:
         return {
             row: dataclasses.replace(before, index=at)
             for row, at in mine.items()
-            if (prompts.key, needs, prompts.parts[at].sha) == key
+            if (prompts.key, names, prompts.parts[at].sha) == key
         }
 
-    def _remember(self, prompts: PromptSet, batch: PrefillBatch, ready: dict[int, Ready], needs: Needs) -> None:
+    def _remember(self, prompts: PromptSet, batch: PrefillBatch, ready: dict[int, Ready], names: set[str]) -> None:
         if prompts.key.query == "agnostic":
             last = ready[max(ready)]
-            self._context_before = (prompts.key, needs, prompts.parts[last.index].sha), last
+            self._context_before = (prompts.key, names, prompts.parts[last.index].sha), last
 
     def _pass(
         self, prompts: PromptSet, indices: list[int], rows: list[int], needs: Needs, prefix: Dense | None

@@ -9,20 +9,17 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from kvcli.cache.rows import STORED_BYTES, kept_counts, payload_bytes
-from kvcli.config import stable_hash
 from kvcli.engine.fidelity import Distance
 from kvcli.engine.generate import Generated
 from kvcli.engine.plan import Cell
 from kvcli.engine.prompts import PromptSet
 from kvcli.engine.selecting import kept_share
-from kvcli.evals.spec import Sample, Score
+from kvcli.evals.spec import Sample
 from kvcli.methods.base import Method, Selection
-from kvcli.results.schema import FIELDS, SCHEMA
+from kvcli.results.schema import FIELDS, SAVED_DIGITS, SCHEMA
 
 if TYPE_CHECKING:
     from kvcli.models.prompt import Prompt
-
-SAVED_DIGITS = 6
 
 
 def _base(cell: Cell, prompts: PromptSet, sample: Sample, method: Method, batch: str) -> dict[str, Any]:
@@ -34,14 +31,10 @@ def _base(cell: Cell, prompts: PromptSet, sample: Sample, method: Method, batch:
         shot_seed=cell.shot_seed, shot_order=cell.shot_order, seed=cell.seed,
         draw=cell.draw, decode=cell.decode, weights=cell.weights,
         match=None if cell.match is None else str(cell.match),
-        metric=prompts.task.metric, target=_target(sample), cluster=prompts.clusters[sample.id] or None, flags=[],
+        metric=prompts.task.metric, target=sample.answer, cluster=prompts.clusters[sample.id] or None, flags=[],
         batch_id=batch,
     )  # fmt: skip
     return record
-
-
-def _target(sample: Sample) -> Any:
-    return sample.options[sample.target].strip() if sample.options else sample.target
 
 
 def error_record(
@@ -83,9 +76,7 @@ def ok_record(
     for region in prompt.regions:
         total, size = by_region.get(region.label, (0.0, 0))
         by_region[region.label] = (total + upto[region.end] - upto[region.start], size + len(region))
-    score = _score(prompts, sample, output)
-    if not 0 <= score.value <= 1:
-        raise ValueError(f"the scorer of {prompts.task.name} gave {score.value}, scores lie in 0..1")
+    score = prompts.task.judged(sample, output.text, output.loglikelihoods)
     record.update(
         status="ok", score=round(score.value, SAVED_DIGITS), extracted=score.extracted, extra=score.extra,
         output=output.text, output_ids=output.ids, finish=output.finish, n_prompt=whole, n_new=len(output.ids),
@@ -105,12 +96,6 @@ def ok_record(
 
 def _context(tokens: int, measured: float) -> dict[str, Any]:
     return {"tokens": tokens, "measured_ratio": round(measured, SAVED_DIGITS)}
-
-
-def _score(prompts: PromptSet, sample: Sample, output: Generated) -> Score:
-    if output.loglikelihoods:
-        return prompts.task.choose(sample, output.loglikelihoods)
-    return prompts.task.score(sample, output.text)
 
 
 def _whole(number: float | None) -> int | None:
@@ -146,6 +131,6 @@ def prompt_entry(prompts: PromptSet, sample: Sample, prompt: Prompt, store_harmf
         "sha": prompt.sha, "task": prompts.task.name, "sample_id": sample.id, "n": len(prompt.ids),
         "regions": [[r.label, r.start, r.end] for r in prompt.regions],
         **({"thinking": True} if sample.meta.get("thinking") else {}),
-        "segments": stable_hash([[s.text, s.region, s.shot] for s in sample.segments], 16),
+        "segments": sample.fingerprint,
         "text": None if hidden else prompt.text, "offsets": None if hidden else prompt.offsets,
     }  # fmt: skip

@@ -208,11 +208,10 @@ def task_facts(prepared: Prepared, old: dict[str, Any]) -> dict[str, Any]:
         which = prompts_name(*key[1:4])
         data = {**tasks.get(name, {}).get("data", {}), which: prompts.prompts[0].sha if prompts.prompts else ""}
         judge = {k: v for k, v in tasks.get(name, {}).items() if k == "judge"}
-        references = {m: {str(n): score for n, score in by.items()} for m, by in task.reference.items()}
         left_out = {**(tasks.get(name, {}).get("too_long") or {}), which: prompts.too_long}
         tasks[name] = {
             **judge, "ability": task.ability, "metric": task.metric, "version": task.version, "chance": task.chance,
-            "harmful": task.harmful, "reference": references, "suites": list(task.suites),
+            "harmful": task.harmful, "reference": task.published, "suites": list(task.suites),
             "conditions": list(task.conditions),
             "source": task.source, "samples": len(prompts.samples), "too_long": left_out, "data": data,
         }  # fmt: skip

@@ -110,8 +110,6 @@ def _make(definition: Definition) -> Task:
     common: Common = fill(Common, {k: v for k, v in definition.values.items() if k in names}, "")
     folder = definition.path.parent
     cls = RowTask if common.builder is None else _builder(common.builder, folder)
-    if common.output_type == "multiple_choice" and cls is RowTask and "doc_to_choice" not in hints_of(RowTask):
-        raise BadValue("'output_type: multiple_choice' needs a builder", "builder: file.py:Class gives the options")
     own = _own_values(cls, names, definition.values)
     code = [c for c in (common.builder, own.get("scorer")) if c and ":" in c]
     facts = _facts(common, own) | own

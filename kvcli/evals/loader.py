@@ -88,8 +88,12 @@ def _own(path: Path, written: int) -> Task:
 
 def text_of(task: Task) -> str:
     """The text of --task that finds the task again: its name, or the path of a user's own file with its settings."""
-    known = task.base.startswith(LM_EVAL) or task.base in task_names()
-    return ":".join(filter(None, (task.base if known else task.source, settings_text(task))))
+    return ":".join(filter(None, (bare_text_of(task), settings_text(task))))
+
+
+def bare_text_of(task: Task) -> str:
+    """The same without settings."""
+    return task.base if task.base.startswith(LM_EVAL) or task.base in task_names() else task.source
 
 
 def own_digest(task: Task) -> str | None:

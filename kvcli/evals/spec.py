@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvcli.config import stable_hash
 from kvcli.grammar import task_base
 from kvcli.spans import REGIONS as REGIONS
 from kvcli.spans import Segment as Segment
@@ -32,6 +33,16 @@ class Sample:
     @property
     def text(self) -> str:
         return "".join(s.text for s in self.segments)
+
+    @property
+    def answer(self) -> Any:
+        """What is right, as records have it: of options the text."""
+        return self.options[self.target].strip() if self.options else self.target
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells prompts apart without showing them, and without a tokenizer."""
+        return stable_hash([[s.text, s.region, s.shot] for s in self.segments], 16)
 
 
 Tokens = Callable[[str], int]
@@ -119,6 +130,18 @@ class Task(ABC):
     @abstractmethod
     def score(self, sample: Sample, output: str) -> Score:
         """Judges one output text."""
+
+    def judged(self, sample: Sample, output: str, loglikelihoods: Sequence[float]) -> Score:
+        """`choose` where options have log-likelihoods, else `score`. Raises ValueError for a score outside of 0..1."""
+        found = self.choose(sample, loglikelihoods) if loglikelihoods else self.score(sample, output)
+        if not 0 <= found.value <= 1:
+            raise ValueError(f"the scorer of {self.name} gave {found.value}, scores lie in 0..1")
+        return found
+
+    @property
+    def published(self) -> dict[str, dict[str, float]]:
+        """`reference` with keys as JSON has them."""
+        return {model: {str(shots): score for shots, score in by.items()} for model, by in self.reference.items()}
 
     def choose(self, sample: Sample, loglikelihoods: Sequence[float]) -> Score:
         """Judges a choice among the sample's options by their log-likelihoods in nats, summed over tokens.

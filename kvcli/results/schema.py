@@ -7,6 +7,9 @@ from typing import Any
 SCHEMA = 1
 FLAGS = ("noop", "over_budget", "fallback", "unreachable", "simulated")
 
+SAVED_DIGITS = 6
+"""Behind the point, of figures in records."""
+
 FIELDS: dict[str, str] = {
     "schema": "version of this table",
     "cell_id": "hash of everything that changes results",

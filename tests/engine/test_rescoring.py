@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvcli.engine.rescoring import Tally, open_folder, rescore, segments_hash
+from kvcli.engine.rescoring import Tally, open_folder, rescore
 from kvcli.errors import KvcliError
 from kvcli.results import store
 from kvcli.results.store import RunStore, read_records, read_run
@@ -215,7 +215,7 @@ def test_a_prompt_without_text_is_known_by_its_hash(place: Path) -> None:
     by_id = {sample_id: question.sample for (_, sample_id), question in asked.items()}
     hidden = [{**e, "text": None, "offsets": None} for e in entries]
     for entry in hidden:
-        entry["segments"] = segments_hash(by_id[entry["sample_id"]]) if entry["task"] == "own" else None
+        entry["segments"] = by_id[entry["sample_id"]].fingerprint if entry["task"] == "own" else None
     path.write_text("".join(json.dumps(e) + "\n" for e in hidden))
     assert again(place, tasks=["own"])["own", "full"].records == 4
     write_rows(place, [{**row, "question": "another"} for row in ROWS])
