@@ -77,6 +77,8 @@ def decoding(decode: Mapping[str, Any] | None, ratio: str | None = None) -> str:
         words = f"{decode['budget']} generated kept"
     elif decode.get("cap") == "fixed":
         words = "fixed cap"
+    elif "rule" in decode:
+        words = "its own rule while generating"
     else:
         words = f"decode {json.dumps(decode, sort_keys=True)}"
     every = decode.get("interval", 1)

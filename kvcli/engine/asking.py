@@ -188,7 +188,10 @@ class Asker:
         with guarded(method):
             state = [method.decode_start(ctx, layer) for layer in range(ctx.layers)]
         cap = Cap.of(cell.decode, budget, method)
-        return PoolRow(keys, values, chosen, None, ctx.n, cap, state, cell.decode["interval"])
+        return PoolRow(
+            keys, values, chosen, None, ctx.n, cap, state, cell.decode["interval"], kept,
+            _facts(method, ctx, selection), _beyond(method, cap, selection.kept, ctx.kv_heads),
+        )  # fmt: skip
 
     def _saves_nothing(self, selection: Selection, ctx: Context, payload: int) -> bool:
         """Whether all pairs were kept and stored in another form that is no smaller."""
@@ -248,6 +251,25 @@ Pairs = tuple[Sequence[Tensor], Sequence[Tensor], Kept]
 def _pairs(method: Method, ctx: Context, kept: Kept) -> Pairs:
     merge = merge_of(method)
     return (ctx.keys, ctx.values, kept) if merge is None else _merged(merge, ctx, kept)
+
+
+def _facts(method: Method, ctx: Context, selection: Selection) -> list[dict[str, Tensor]]:
+    """Per layer what the evictor decided about whole heads, and what a merge begins with."""
+    merge, given = merge_of(method), selection.facts or [{}] * ctx.layers
+    if merge is None:
+        return list(given)
+    with guarded(merge):
+        return [
+            {**facts, **merge.decode_facts(ctx, layer, head_positions(selection.kept[layer], ctx.kv_heads))}
+            for layer, facts in enumerate(given)
+        ]
+
+
+def _beyond(method: Method, cap: Cap, kept: Kept, kv_heads: int) -> list[Tensor]:
+    """Per layer [H_kv]: pairs that each head was selected with above the cap of the first step."""
+    if not method.decode_as_selected:
+        return []
+    return [torch.tensor(counts) - cap.at(0) for counts in kept_counts(kept, kv_heads)]
 
 
 def _without_last(kept: Kept) -> Kept:

@@ -307,11 +307,15 @@ def _anchor_key(config: SweepConfig, anchor: Anchor) -> dict[str, Any]:
 def decode_settings(config: SweepConfig, method: Method, ratio: str | None) -> list[dict[str, Any] | None]:
     """The decode axis for one method and ratio: None where every generated token is kept.
 
-    ratio: r_d; budget: generated tokens kept; cap: the pool stays at its size.
+    ratio: r_d; budget: generated tokens kept; cap: the pool stays at its size; rule: the method's own decides.
     """
     if not method.decodes():
         return [None]
     interval = {"interval": config.decode_interval}
+    if method.decoding == "own":
+        rest = any(text != "off" for text in config.decode_ratios) or config.decode_budgets or config.cap == "fixed"
+        off = "off" in config.decode_ratios and not config.decode_budgets and config.cap != "fixed"
+        return [None] * off + [{"rule": "own", **interval}] * bool(rest)
     if config.cap == "fixed":
         return [{"cap": "fixed", **interval}] if method.decoding == "unified" else [None]
     if config.decode_budgets:

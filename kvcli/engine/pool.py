@@ -13,13 +13,17 @@ from torch import Tensor
 
 from kvcli.cache.budget import Budget
 from kvcli.cache.kv_cache import CompressedCache
-from kvcli.cache.rows import STORED_BYTES, Row, head_positions
+from kvcli.cache.rows import STORED_BYTES, Kept, Row, head_positions
 from kvcli.cache.workspace import Workspace
 from kvcli.grammar import round_half_up
 from kvcli.methods.base import Method
+from kvcli.methods.composed import merge_of
 from kvcli.methods.generating import Generating
 
 State = dict[str, Tensor]
+
+NO_CAP = 1 << 40
+"""More pairs than any row will have: where a method's own rule says what leaves."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Cap:
 
     prompt: pairs of the prompt per KV head as an exact number (r_p n, or the --budget); ratio r_d or size N: what is
     kept of the generated tokens; fixed: the pool does not grow. least: never fewer generated ones (`separate`).
+    own: the method's rule alone decides.
     """
 
     separate: bool
@@ -36,6 +41,7 @@ class Cap:
     size: int | None = None
     fixed: bool = False
     least: int = 1
+    own: bool = False
 
     @classmethod
     def of(cls, decode: dict[str, Any], budget: Budget, method: Method) -> Cap:
@@ -43,10 +49,13 @@ class Cap:
         prompt = Decimal(budget.per_head) if budget.ratio is None else budget.ratio * budget.n
         ratio = Decimal(decode["ratio"]) if "ratio" in decode else None
         separate = method.decoding == "separate"
-        return cls(separate, prompt, ratio, decode.get("budget"), decode.get("cap") == "fixed", method.decode_least())
+        fixed, own = decode.get("cap") == "fixed", method.decoding == "own"
+        return cls(separate, prompt, ratio, decode.get("budget"), fixed, method.decode_least(), own)
 
     def at(self, t: int) -> int:
         """Of the whole pool (unified) or of the generated tokens (separate)."""
+        if self.own:
+            return NO_CAP
         if self.separate:
             size = self.size if self.size is not None else round_half_up((self.ratio or Decimal(0)) * t)
             return max(self.least, size)
@@ -65,22 +74,29 @@ class Cap:
 @dataclass
 class PoolRow(Row):
     """A row that evicts while it generates. n: prompt tokens; state: per layer what `decode_start` gave; interval:
-    tokens between two evictions."""
+    tokens between two evictions; true: positions of the kept pairs in the prompt, where `kept` counts other ones;
+    facts: per layer figures [H_kv] of whole heads; beyond: per layer [H_kv], how many pairs more than `cap` the pool of
+    each head may hold."""
 
     n: int = 0
     cap: Cap | None = None
     state: Sequence[State] = field(default_factory=tuple)
     interval: int = 1
+    true: Kept | None = None
+    facts: Sequence[State] = field(default_factory=tuple)
+    beyond: Sequence[Tensor] = field(default_factory=tuple)
 
     def most(self, layer: int, room: int) -> int:
         assert self.cap is not None
-        return _most(self.cap, max(self.lengths(layer)) + 1, self.interval, room)  # + 1: the last one may be fed again
+        beyond = int(self.beyond[layer].max()) if len(self.beyond) else 0
+        again = max(self.lengths(layer)) + 1  # the last one may be fed again
+        return _most(self.cap, again, self.interval, room, beyond)
 
 
 @lru_cache(maxsize=4096)
-def _most(cap: Cap, start: int, interval: int, room: int) -> int:
+def _most(cap: Cap, start: int, interval: int, room: int, beyond: int = 0) -> int:
     """Pairs that a head of `start` pairs ever holds over `room` generated tokens."""
-    frozen = start if cap.separate else 0
+    frozen = start if cap.separate else beyond
     free = min(interval, room)  # tokens before the first eviction
     later = cap.upto(room)[free:]
     return max(start + free, *(min(start + t, frozen + size + interval) for t, size in enumerate(later, free)))
@@ -90,7 +106,7 @@ class PoolCache(CompressedCache):
     """Rows of one method with one set of settings, compressed after every `interval` generated tokens."""
 
     def __init__(self, method: Method, heads: int, rows: Sequence[PoolRow], room: Sequence[int], memory: Workspace):
-        self.method, self.heads = method, heads
+        self.method, self.heads, self.merge = method, heads, merge_of(method)
         self.reads_attention = method.decode_reads
         super().__init__(rows, room, memory)
 
@@ -106,11 +122,21 @@ class PoolCache(CompressedCache):
     def settle(self, layer: int, attention: Tensor | None) -> None:
         pool: Pool = self.layers[layer].slots
         view = pool.view(layer, self.heads, attention)
-        view.keys = self.layers[layer]._keys[:, :, : view.position.shape[2]]
+        used = view.position.shape[2]
+        view.keys, view.values = self.layers[layer]._keys[:, :, :used], self.layers[layer]._values[:, :, :used]
         self.method.decode_update(view)
         if pool.clock.anything_due:
-            over = (view.competing.sum(-1) - view.cap[:, :, 0]).clamp_min(0) * pool.clock.due
-            pool.free(lowest(self.method.decode_rank(view), view.position, view.competing, over))
+            gone = self._leaving(view, pool.clock.due)
+            if self.merge is not None:
+                self.merge.decode_fold(view, gone)
+            pool.free(gone)
+
+    def _leaving(self, view: Generating, due: Tensor) -> Tensor:
+        """[R, H_kv, S] bool. due [R, 1]"""
+        if self.method.decoding == "own":
+            return self.method.decode_leaves(view) & (view.position >= 0) & due[..., None]
+        over = (view.competing.sum(-1) - view.cap[:, :, 0]).clamp_min(0) * due
+        return lowest(self.method.decode_rank(view), view.position, view.competing, over)
 
     def payload(self, row: int) -> int:
         return sum(
@@ -192,13 +218,14 @@ class Pool:
     """Which slots of one layer hold which positions, and the method's figures for them.
 
     position [R, H_kv, S] int64, -1 where empty; state[name] [R, X, S, ...]; last[name] [R, X, ...]: the figures of the
-    last prompt token, for rows that feed it again. The first free slot is taken first.
+    last prompt token, for rows that feed it again; facts[name] [R, H_kv]: of whole heads; beyond [R, H_kv]: pairs that
+    a head may hold above the cap; None where no row has such. The first free slot is taken first.
     """
 
-    def __init__(self, clock: Clock, separate: bool, position: Tensor, state: State, last: State,
-                 longest: list[int], most: list[int]) -> None:  # fmt: skip
+    def __init__(self, clock: Clock, separate: bool, position: Tensor, state: State, last: State, facts: State,
+                 beyond: Tensor | None, longest: list[int], most: list[int]) -> None:  # fmt: skip
         self.clock, self.separate, self.position, self.state, self.last = clock, separate, position, state, last
-        self.longest, self.most = longest, most
+        self.facts, self.beyond, self.longest, self.most = facts, beyond, longest, most
 
     @classmethod
     def of(cls, clock: Clock, layer: int, rows: Sequence[PoolRow], rooms: Sequence[int]) -> Pool:
@@ -212,13 +239,17 @@ class Pool:
             state[name] = first.new_zeros(len(rows), first.shape[0], max(most), *first.shape[2:])
             last[name] = torch.stack([row.state[layer][name][:, -1] for row in rows])
         for r, row in enumerate(rows):
-            for head, kept in enumerate(head_positions(row.kept[layer], heads)):
+            true = row.kept if row.true is None else row.true
+            for head, kept in enumerate(head_positions(true[layer], heads)):
                 position[r, head, : len(kept)] = kept.to(device)
                 for name, target in state.items():
                     for x in _heads_of(head, heads, target.shape[1]):
                         target[r, x, : len(kept)] = row.state[layer][name][x, kept.to(device)]
         separate = rows[0].cap is not None and rows[0].cap.separate
-        return cls(clock, separate, position, state, last, longest, most)
+        names = rows[0].facts[layer] if len(rows[0].facts) else {}
+        facts = {name: torch.stack([row.facts[layer][name].to(device) for row in rows]) for name in names}
+        beyond = torch.stack([row.beyond[layer].to(device) for row in rows]) if len(rows[0].beyond) else None
+        return cls(clock, separate, position, state, last, facts, beyond, longest, most)
 
     @property
     def slots(self) -> int:
@@ -250,9 +281,11 @@ class Pool:
         used, clock = self.used(1), self.clock
         position = self.position[:, :, :used]
         competing = position >= (clock.n[:, :, None] if self.separate else 0)
+        cap = clock.cap if self.beyond is None else (clock.cap + self.beyond).clamp_min(1)
         return Generating(
             layer, heads, position, competing, attention, clock.n[:, :, None], clock.newest[:, :, None],
-            clock.cap[:, :, None], (clock.t > 0)[:, :, None], {k: v[:, :, :used] for k, v in self.state.items()},
+            cap[:, :, None], (clock.t > 0)[:, :, None], {k: v[:, :, :used] for k, v in self.state.items()},
+            facts=self.facts,
         )  # fmt: skip
 
     def free(self, gone: Tensor) -> None:
@@ -278,15 +311,20 @@ class Pool:
         longest, most = [self.longest[r] for r in keep], [self.most[r] for r in keep]
         pools = [(self.position[index], {k: v[index] for k, v in self.state.items()},
                   {k: v[index] for k, v in self.last.items()})]  # fmt: skip
+        facts = {k: v[index] for k, v in self.facts.items()}
+        beyond = None if self.beyond is None else self.beyond[index]
         clock = self.clock.next(keep, None if entering is None else entering.clock)
         if entering is not None:
             longest, most = longest + entering.longest, most + entering.most
             pools.append((entering.position, entering.state, entering.last))
+            facts = {k: torch.cat([v, entering.facts[k]]) for k, v in facts.items()}
+            if beyond is not None and entering.beyond is not None:
+                beyond = torch.cat([beyond, entering.beyond])
         slots = max(most)
         position = torch.cat([_resized(p, slots, -1) for p, _, _ in pools])
         state = {k: torch.cat([_resized(s[k], slots, 0) for _, s, _ in pools]) for k in self.state}
         last = {k: torch.cat([x[k] for _, _, x in pools]) for k in self.last}
-        return Pool(clock, self.separate, position, state, last, longest, most)
+        return Pool(clock, self.separate, position, state, last, facts, beyond, longest, most)
 
 
 def _heads_of(kv_head: int, kv_heads: int, figures: int) -> range:

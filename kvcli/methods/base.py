@@ -58,12 +58,14 @@ class Selection:
     kept: one entry per layer, each sorted positions (int64) without repeats, the last prompt position among them:
         [K] (all KV heads alike), [H_kv, K] (same number per head) or a list of H_kv tensors (ragged).
     rerotate: the kept keys move to positions 0..K-1 (needs one length everywhere).
+    facts: per layer name -> [H_kv], what was decided about whole heads, for the decode phase (`Generating.facts`).
     """
 
     kept: Sequence[Tensor | list[Tensor]]
     flags: frozenset[str] = frozenset()
     rerotate: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
+    facts: Sequence[dict[str, Tensor]] = ()
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,10 @@ class Method(ABC):
     """True when the selection is random: the cells of other seeds differ."""
     decoding: ClassVar[str] = ""
     """How generated tokens are compressed: `unified` (prompt and answer share one pool), `separate` (the prompt's part
-    stays as it was selected) or not at all."""
+    stays as it was selected), `own` (its rule says which pairs leave; there is no cap) or not at all."""
+    decode_as_selected: ClassVar[bool] = False
+    """`unified`: the pool of each head begins with what was selected for it, however much, and grows as the cap does;
+    else all heads have the cap."""
     decode_reads: ClassVar[bool] = True
     """Whether it reads the attention of every new query while generating."""
 
@@ -120,6 +125,10 @@ class Method(ABC):
         """[R, H_kv, S] float: what ranks lowest among the competing pairs leaves first, +inf last; of equal ones the
         newest leaves. Other slots may hold anything."""
         raise NotImplementedError(f"{type(self).__name__} does not compress generated tokens")
+
+    def decode_leaves(self, view: Generating) -> Tensor:
+        """[R, H_kv, S] bool: the pairs that leave now, of a method whose `decoding` is `own`. The newest must stay."""
+        raise NotImplementedError(f"{type(self).__name__} has no rule of its own for generated tokens")
 
     def settings(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in setting_fields(type(self))}
@@ -223,6 +232,19 @@ class Merge(Method):
     @abstractmethod
     def fold(self, ctx: Context, layer: int, kept: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Per KV head keys and values [K, D] of the kept pairs with the dropped ones folded in. kept: positions [K]."""
+
+    def decodes(self) -> bool:
+        """Whether it also folds what leaves while tokens are generated: `decode_fold`."""
+        return False
+
+    def decode_facts(self, ctx: Context, layer: int, kept: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Its figures for the layer's KV heads as generation begins: name -> [H_kv]. kept: positions [K] per head."""
+        return {}
+
+    def decode_fold(self, view: Generating, gone: Tensor) -> None:
+        """Folds the pairs that leave, gone [R, H_kv, S] bool, into others of `view.keys` and `view.values`, in place;
+        may change `view.facts` in place. `gone` may be empty."""
+        raise NotImplementedError(f"{type(self).__name__} does not fold generated tokens")
 
 
 @dataclass(frozen=True)

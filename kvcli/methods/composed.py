@@ -10,8 +10,11 @@ from kvcli.errors import KvcliError
 from kvcli.methods.base import Domain, Merge, Method, Selection, Transform
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from kvcli.cache.budget import Budget
     from kvcli.methods.context import Context
+    from kvcli.methods.generating import Generating
 
 ORDER = "an evictor first, then merge, then one transform, as in snapkv+merge+kivi:bits=4"
 
@@ -70,8 +73,41 @@ class Composed(Method):
         return selection
 
     def decodes(self) -> bool:
-        """What is merged or stored in another form is not evicted further."""
-        return False
+        """What is stored in another form is not evicted further, and a merge must know how to fold what leaves."""
+        if self.transform is not None or (self.merge is not None and not self.merge.decodes()):
+            return False
+        answer: bool = self.evictor.decodes()
+        return answer
+
+    @property
+    def decoding(self) -> str:  # type: ignore[override]
+        return self.evictor.decoding if self.decodes() else ""
+
+    @property
+    def decode_reads(self) -> bool:  # type: ignore[override]
+        return bool(self.evictor.decode_reads)
+
+    @property
+    def decode_as_selected(self) -> bool:  # type: ignore[override]
+        return bool(self.evictor.decode_as_selected)
+
+    def decode_least(self) -> int:
+        return int(self.evictor.decode_least())
+
+    def decode_start(self, ctx: Context, layer: int) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.evictor.decode_start(ctx, layer)
+        return state
+
+    def decode_update(self, view: Generating) -> None:
+        self.evictor.decode_update(view)
+
+    def decode_rank(self, view: Generating) -> Tensor:
+        rank: Tensor = self.evictor.decode_rank(view)
+        return rank
+
+    def decode_leaves(self, view: Generating) -> Tensor:
+        gone: Tensor = self.evictor.decode_leaves(view)
+        return gone
 
     def settings(self) -> dict[str, Any]:
         return {f"{p.name}.{k}": v for p in self.parts for k, v in p.settings().items()}

@@ -22,10 +22,13 @@ class Generating:
         `decode_reads`.
     state[name] [R, X, S, ...], X any number of heads: the method's own figures per slot, begun by `decode_start`,
         of any dtype, changed in place by `decode_update`; 0 in a new slot.
-    n, newest, cap [R, 1, 1] int64: prompt tokens, position of the newest token, and how many competing pairs may stay.
+    n, newest [R, 1, 1] int64: prompt tokens, and position of the newest token.
+    cap [R, 1, 1] int64, or [R, H_kv, 1] where heads differ (`decode_as_selected`): how many competing pairs may stay.
     counts [R, 1, 1] bool: False where the newest query is the last prompt token fed again, whose attention the
         prefill's statistics hold already.
-    keys [R, H_kv, S, D]: the slots' keys, rotated to their true positions, to be read only; anything in empty slots.
+    keys, values [R, H_kv, S, D]: the slots' pairs, keys rotated to their true positions; anything in empty slots. To be
+        read only, but for a merge that folds.
+    facts[name] [R, H_kv]: what `Selection.facts` and `Merge.decode_facts` said of whole heads.
     """
 
     layer: int
@@ -39,6 +42,8 @@ class Generating:
     counts: Tensor
     state: dict[str, Tensor] = field(default_factory=dict)
     keys: Tensor | None = None
+    values: Tensor | None = None
+    facts: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def kv_heads(self) -> int:
