@@ -32,7 +32,7 @@ DOCS = Path(__file__).resolve().parent
 PART = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) [^\n]*-->\n).*?(<!-- end: (?P=name) -->\n)", re.S)
 PLURAL = {name: f"{name}s" for name in ("method", "ratio", "budget", "task", "seed", "decode_ratio", "decode_budget")}
 """Options whose key in a config file has another name."""
-ANSWERS = {"unified": "one pool with the prompt", "separate": "apart from the prompt", None: "-"}
+ANSWERS = {"unified": "one pool with the prompt", "separate": "apart from the prompt", "own": "its own rule", None: "-"}
 SHARING = {1: "the shared prefill", 2: "the shared prefill and an extra pass", 3: "a prefill of its own"}
 SCOPES = {"head": "KV head", "layer": "layer", "model": "model"}
 

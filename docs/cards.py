@@ -29,6 +29,9 @@ TESTS = (
     "tests/methods",
     "tests/engine/test_equalities.py",
     "tests/engine/test_generating.py",
+    "tests/engine/test_generating_own.py",
+    "tests/engine/test_duo_generating.py",
+    "tests/engine/test_merge_generating.py",
     "tests/engine/test_stored.py",
 )
 RATIOS = tuple(f"0.{i}" for i in range(1, 10))
@@ -47,6 +50,7 @@ KINDS = {
 DECODING = {
     "unified": "prompt and answer share one pool",
     "separate": "the prompt's part stays, the answer's has a cap of its own",
+    "own": "the method's rule goes on: it has no cap",
     None: "every generated token is kept",
 }  # fmt: skip
 
@@ -91,7 +95,8 @@ def _facts(facts: dict[str, Any], source: str) -> Iterator[tuple[str, str]]:
         "acts on",
         " and ".join({"prefill": "the prompt's cache", "decode": "generated tokens"}[p] for p in facts["phases"]),
     )
-    yield "while generating (`--decode-ratio`)", DECODING[facts["decoding"]]
+    folded = "what leaves is folded in" if facts["kind"] == "merge" else DECODING[facts["decoding"]]
+    yield "while generating (`--decode-ratio`)", folded
     if facts["domain"]["kind"] != "none":
         yield "the budget binds", SCOPES[facts["budget_scope"]]
     yield "ratios it can reach", _domain(facts["domain"])
@@ -106,6 +111,8 @@ def _linked(text: str) -> str:
 
 def _domain(domain: dict[str, Any]) -> str:
     if domain["kind"] == "continuous":
+        if domain["floor"]:
+            return f"{domain['floor']} and above; below it that much is kept, flagged `unreachable` and `over_budget`"
         return "all" if not domain["low"] else f"from {domain['low']} up"
     if domain["kind"] == "none":
         return "none: its own settings decide, `--ratio` does not; it is drawn at its measured ratio"

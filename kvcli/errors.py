@@ -42,6 +42,7 @@ class KvcliError(Exception):
 def unknown(kind: str, name: str, known: Iterable[str], *, given: str, listing: str) -> KvcliError:
     """The error for a name that is not in a registry, with the nearest known name."""
     names = sorted(known)
-    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    plain = {name.lower(): name for name in names}
+    close = [plain[found] for found in get_close_matches(name.lower(), plain, n=1, cutoff=0.5)]
     fix = f"{close[0]}     ({listing} shows all)" if close else f"{listing} shows all"
     return KvcliError(f"unknown {kind} '{name}'", given=given, fix=fix)

@@ -24,7 +24,18 @@ _TASK_PATH = re.compile(r"(?P<source>[.~/].*)(?P<rest>\Z)", re.S)
 _TASK_LM_EVAL = re.compile(r"(?P<source>lm[_-]eval:[^:,=\s]+)(?::(?P<rest>.*))?\Z", re.S)
 _TASK_NAME = re.compile(r"(?P<source>[\w*?!\[\]-]+)(?::(?P<rest>.*))?\Z", re.S)
 _MOST_DIGITS = 12
+_AT = re.compile(r"(?P<source>[A-Za-z_][\w-]*)@(?P<size>0?\.\d+|1)\Z")
+_SPAN = re.compile(r"(?P<low>[\d.]+)\s*(?:-|to|:)\s*(?P<high>[\d.]+)\Z")
 _PLAIN = re.compile(r"[^,+|'\"\s]+\Z")
+
+
+class NotASetting(KvcliError):
+    """`text` stands where KEY=VALUE should, behind `source:` or (source empty) alone. Whoever knows what settings
+    there are can say which one was meant."""
+
+    def __init__(self, what: str, *, given: str, fix: str, source: str, text: str) -> None:
+        super().__init__(what, given=given, fix=fix)
+        self.source, self.text = source, text
 
 
 @dataclass(frozen=True)
@@ -72,12 +83,14 @@ def _split(text: str, separator: str, given: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
-def _setting(text: str, given: str) -> tuple[str, str]:
+def _setting(text: str, source: str, given: str, kind: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     key, value = key.strip(), value.strip()
     if not equals or not key or not value:
-        fix = "write KEY=VALUE, as in snapkv:window=16"
-        raise KvcliError(f"'{text.strip()}' is not a setting", given=given, fix=fix)
+        typed = text.strip()
+        fix = _how_to_set(source, typed, kind)
+        what = f"'{typed}' is not a setting of {source}"
+        raise NotASetting(what, given=given, fix=fix, source=source, text=typed)
     if value[0] in "'\"":
         if len(value) < 2 or value[-1] != value[0] or value[0] in value[1:-1]:
             raise KvcliError(f"the quotes of '{text.strip()}' do not match", given=given, fix="write KEY='VALUE'")
@@ -85,6 +98,13 @@ def _setting(text: str, given: str) -> tuple[str, str]:
     if "'" in value or '"' in value:
         raise KvcliError(f"the quotes of '{text.strip()}' do not match", given=given, fix="write KEY='VALUE'")
     return key, value
+
+
+def _how_to_set(source: str, typed: str, kind: str) -> str:
+    if kind == "method":
+        return "write KEY=VALUE, as in snapkv:window=16"
+    shots = typed if typed.isdecimal() and len(typed) < 3 else "4"  # a setting of every task
+    return f"write KEY=VALUE, as in {source}:shots={shots}; kvcli list tasks {source} shows its settings"
 
 
 def _part(text: str, given: str) -> Part:
@@ -97,18 +117,25 @@ def _part(text: str, given: str) -> Part:
         hint = "a file method needs its class, as in ./mine.py:MyMethod" if ".py" in text else "kvcli list methods"
         if ".py:" in text:
             hint = f"./{text}"
+        at, words = _AT.match(text), text.split()
+        if at:
+            hint = f"--method {at['source']} --ratio {at['size']}"
+        elif len(words) > 1 and all(map(_NAME.match, words)):
+            hint = f"--method {','.join(words)}"
         raise KvcliError(f"'{text}' is not a method", given=given, fix=hint)
     source = match["source"]
-    return Part(source.replace("-", "_") if pattern is _NAME else source, _settings(source, match["rest"], given))
+    return Part(
+        source.replace("-", "_") if pattern is _NAME else source, _settings(source, match["rest"], given, "method")
+    )
 
 
-def _settings(source: str, rest: str | None, given: str) -> tuple[tuple[str, str], ...]:
+def _settings(source: str, rest: str | None, given: str, kind: str) -> tuple[tuple[str, str], ...]:
     """The settings behind the colon; None: there is no colon."""
     if rest is None:
         return ()
     if not rest.strip():
         raise KvcliError(f"no setting after '{source}:'", given=given, fix=f"{source} or {source}:KEY=VALUE")
-    settings = [_setting(piece, given) for piece in _split(rest, ",", given)]
+    settings = [_setting(piece, source, given, kind) for piece in _split(rest, ",", given)]
     keys = [k for k, _ in settings]
     for key in keys:
         if keys.count(key) > 1:
@@ -121,12 +148,15 @@ def _grouped(text: str, given: str, kind: str) -> list[str]:
     whole: list[str] = []
     for piece in _split(text, ",", given):
         if not piece.strip():
-            raise KvcliError(f"an empty {kind} name", given=given, fix="remove the extra comma")
+            names = [other.strip() for other in _split(text, ",", given) if other.strip()]
+            named = f"--{kind} {','.join(names)}" if names else f"a name before or behind it: kvcli list {kind}s"
+            raise KvcliError(f"an empty {kind} name", given=given, fix=f"{named}, without the extra comma")
         if _KEY.match(piece) and whole:
             whole[-1] += "," + piece
         elif _KEY.match(piece):
             fix = f"niah:{piece}" if kind == "task" else f"snapkv:{piece}"
-            raise KvcliError(f"setting '{piece}' has no {kind} before it", given=given, fix=fix)
+            what = f"setting '{piece}' has no {kind} before it"
+            raise NotASetting(what, given=given, fix=fix, source="", text=piece.strip())
         else:
             whole.append(piece)
     return whole
@@ -181,7 +211,7 @@ def _task(text: str, given: str) -> Part:
         source = LM_EVAL + source[len(LM_EVAL) :]  # of its names hyphens are not underscores
     elif pattern is _TASK_NAME:
         source = source.replace("-", "_") if "[" not in source else source
-    return Part(source, _settings(source, match["rest"] if pattern is not _TASK_PATH else None, given))
+    return Part(source, _settings(source, match["rest"] if pattern is not _TASK_PATH else None, given, "task"))
 
 
 def task_base(name: str) -> str:
@@ -196,7 +226,7 @@ def _decimal(text: str, option: str, given: str) -> Decimal:
     except InvalidOperation:
         value = Decimal("NaN")
     if not value.is_finite():
-        fix = f"{option} 0.1,0.5 or {option} 0.1..0.9:0.1"
+        fix = _written(text.strip(), option) or f"{option} 0.1,0.5 or {option} 0.1..0.9:0.1"
         raise KvcliError(f"'{text.strip()}' is not a number", given=given, fix=fix)
     if -int(value.as_tuple().exponent) > _MOST_DIGITS:
         fix = f"at most {_MOST_DIGITS} digits after the point"
@@ -204,9 +234,23 @@ def _decimal(text: str, option: str, given: str) -> Decimal:
     return value
 
 
+def _written(text: str, option: str) -> str:
+    """The right spelling of a share in percent or of a range with a dash; empty for anything else."""
+    span = _SPAN.match(text)
+    if span:
+        return f"{option} {span['low']}..{span['high']}:0.1"
+    try:
+        share = Decimal(text.removesuffix("%").strip()) / 100
+    except InvalidOperation:
+        return ""
+    fits = share.is_finite() and 0 < share <= 1
+    return f"{option} {ratio_text(share)}, which keeps {text}" if fits and text.endswith("%") else ""
+
+
 def _in_range(value: Decimal, option: str, given: str) -> Decimal:
     if not 0 < value <= 1:
-        fix = f"a kept ratio is above 0 and at most 1: {option} 0.2 keeps 20 %"
+        meant = f"{option} {ratio_text(value / 100)} keeps {value} %" if 2 <= value <= 100 else ""
+        fix = f"a kept ratio is above 0 and at most 1: {meant or f'{option} 0.2 keeps 20 %'}"
         raise KvcliError(f"ratio {value} is out of range", given=given, fix=fix)
     return value.normalize()
 
@@ -216,6 +260,9 @@ def parse_ratios(texts: Iterable[str], option: str = "--ratio") -> list[Decimal]
     found: set[Decimal] = set()
     for text in texts:
         given = f"{option} {text}"
+        comma = re.fullmatch(r"\s*0,(\d+)\s*", text)
+        if comma:
+            raise KvcliError("ratio 0 is out of range", given=given, fix=f"{option} 0.{comma[1]}, with a point")
         for piece in text.split(","):
             if ".." not in piece:
                 found.add(_in_range(_decimal(piece, option, given), option, given))

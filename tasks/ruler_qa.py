@@ -8,14 +8,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from kvcli.errors import KvcliError
 from kvcli.evals.data import DataSet, Row, bad_row, read_split
 from kvcli.evals.ruler import Episode, Ruler
 from kvcli.evals.spec import Sample, Score
 
 ASKING = "Answer the question based on the given documents. Only give me the answer and do not output any other words."
 DOCUMENTS = f"{ASKING}\n\nThe following are given documents.\n\n{{context}}\n\n{ASKING}\n\nQuestion: {{query}} Answer:"
+SPLIT = "validation"
 Question = tuple[str, tuple[str, ...], list[int], list[int]]
 """Question, right answers, numbers of the documents needed, numbers of related ones."""
 
@@ -53,7 +56,7 @@ class Documents(Ruler):
 
     def _squad(self, data_dir: str | None) -> tuple[list[Question], list[str]]:
         """Answerable questions of SQuAD 2.0; paragraphs of the same article come first among the others."""
-        rows = read_split(DataSet("squad", "rajpurkar/squad_v2"), "validation", data_dir)
+        rows = self._rows(DataSet("squad", "rajpurkar/squad_v2"), data_dir)
         texts = sorted({self._field(row, "context", str) for row in rows})
         number = {text: i for i, text in enumerate(texts)}
         article: dict[str, list[int]] = {}
@@ -71,7 +74,7 @@ class Documents(Ruler):
         return found, texts
 
     def _hotpotqa(self, data_dir: str | None) -> tuple[list[Question], list[str]]:
-        rows = read_split(DataSet("hotpotqa", "hotpotqa/hotpot_qa", "distractor"), "validation", data_dir)
+        rows = self._rows(DataSet("hotpotqa", "hotpotqa/hotpot_qa", "distractor"), data_dir)
         passages = []
         for row in rows:
             given = self._field(row, "context", dict)
@@ -84,6 +87,22 @@ class Documents(Ruler):
             needed = [number[text] for text in dict.fromkeys(mine)]
             found.append((self._field(row, "question", str), (self._field(row, "answer", str),), needed, []))
         return found, texts
+
+    def _rows(self, data: DataSet, data_dir: str | None) -> list[Row]:
+        """All rows of a data set that is no task's own. Raises KvcliError naming this task, the data set and where its
+        rows belong."""
+        try:
+            return read_split(data, SPLIT, data_dir)
+        except KvcliError as e:
+            given = e.given.replace(f"--task {data.task}", f"--task {self.name}")
+            what, fix = e.what, e.fix
+            if data_dir is None:
+                what = f"{self.name}: {what}"
+            elif given.startswith("--data-dir"):
+                given = f"--task {self.name} {given}"
+                what = f"{self.name} has no rows of {data.path}: {what.rpartition(': ')[2]}"
+                fix = f"put them, one a line, into {Path(data_dir) / data.task / SPLIT}.jsonl, or leave --data-dir out"
+            raise KvcliError(what, given=given, fix=fix, code=e.code) from e
 
     def _field(self, row: Row, name: str, kind: type[Any]) -> Any:
         value = row.values.get(name)

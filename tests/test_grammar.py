@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvcli.errors import Exit, KvcliError
 from kvcli.grammar import (
     MethodText,
+    NotASetting,
     Part,
     parse_methods,
     parse_ratios,
@@ -103,7 +104,10 @@ def test_texts(text, expected):
     "text, what, fix",
     [
         ("", "empty", "comma"),
-        ("snapkv,,h2o", "empty", "comma"),
+        ("snapkv,,h2o", "empty", "--method snapkv,h2o, without the extra comma"),
+        ("snapkv,", "empty", "--method snapkv, without the extra comma"),
+        ("snapkv h2o", "not a method", "--method snapkv,h2o"),
+        ("snapkv@0.3", "not a method", "--method snapkv --ratio 0.3"),
         ("window=8", "no method before", "snapkv:window=8"),
         ("snapkv:", "no setting", "snapkv:KEY=VALUE"),
         ("snapkv:window", "not a setting", "KEY=VALUE"),
@@ -178,6 +182,9 @@ def test_texts_of_tasks(text, expected):
         ("niah:k='a", "quote is not closed", "'"),
         ("lm_eval:", "no setting after", "lm_eval"),
         ("gs@m", "not a task", "kvcli list tasks"),
+        ("gsm8k,", "empty task name", "--task gsm8k, without the extra comma"),
+        ("gsm8k:8", "'8' is not a setting of gsm8k", "gsm8k:shots=8"),
+        ("mmlu:anatomy", "'anatomy' is not a setting of mmlu", "kvcli list tasks mmlu"),
     ],
 )
 def test_mistakes_in_tasks(text, what, fix):
@@ -249,6 +256,32 @@ def test_mistakes_in_ratios(text, what):
     assert caught.value.given == f"--ratio {text}"
     assert caught.value.fix
     assert caught.value.code == Exit.USAGE
+
+
+@pytest.mark.parametrize(
+    "text, fix",
+    [
+        ("30", "--ratio 0.3 keeps 30 %"),
+        ("12.5", "--ratio 0.125 keeps 12.5 %"),
+        ("30%", "--ratio 0.3, which keeps 30%"),
+        ("0,3", "--ratio 0.3, with a point"),
+        ("0.1-0.9", "--ratio 0.1..0.9:0.1"),
+        ("1.5", "--ratio 0.2 keeps 20 %"),
+        ("300%", "--ratio 0.1,0.5"),
+        ("nan%", "--ratio 0.1,0.5"),
+    ],
+)
+def test_ratios_in_other_spellings_are_refused_with_the_right_one(text, fix):
+    with pytest.raises(KvcliError) as caught:
+        parse_ratios([text])
+    assert fix in caught.value.fix
+
+
+def test_what_stands_where_a_setting_should_is_said_with_its_source():
+    for text, source, typed in (("a+b:2,c", "b", "2"), ("a:x=1,b:-", "b", "-"), ("b=2", "", "b=2")):
+        with pytest.raises(NotASetting) as caught:
+            parse_methods([text])
+        assert (caught.value.source, caught.value.text) == (source, typed)
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=6))

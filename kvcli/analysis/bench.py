@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from kvcli.analysis.names import decoding
 
 Record = dict[str, Any]
 
@@ -31,12 +34,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Line:
-    """One method at one ratio and batch size; rounds taken together.
+    """One method at one ratio, decode setting and batch size; rounds taken together.
 
     batch: rows measured, the fewest of its rounds. memory: bytes above the loaded model, of the whole batch; None where
     they cannot be read. against: this line's figures over those of `full`, None without it; a speed above 1 is faster,
     bytes below 1 are fewer. within_spread: its rate and full's cannot be told apart. busy: the machine had other work
-    in at least one of its rounds.
+    in at least one of its rounds. storage, buffer_bytes: as in the record.
     """
 
     method: str
@@ -46,18 +49,33 @@ class Line:
     repeats: int
     seconds: dict[str, Figure]
     tokens_per_second: Figure
-    kv_bytes: dict[str, int]
+    kv_bytes: dict[str, int | None]
     alloc_bytes: int
     memory: dict[str, int] | None
     flags: list[str]
     busy: bool
     against: dict[str, float] | None = None
     within_spread: bool | None = None
+    decode: dict[str, Any] | None = None
+    storage: str = "pairs"
+    buffer_bytes: int = 0
+
+    @property
+    def asked(self) -> str:
+        """What was asked of the method: '0.3', '0.3 (r_d 0.5)'; empty for `full` and where it takes no ratio."""
+        ratio = "" if self.ratio is None or self.method == "full" else f"{self.ratio:g}"
+        how = decoding(self.decode)
+        return f"{ratio} ({how})".strip() if how else ratio
+
+    @property
+    def share(self) -> float:
+        """Bytes kept of the prompt over those of its full cache."""
+        return (self.kv_bytes["kept"] or 0) / (self.kv_bytes["full"] or 1)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Lines of one batch size, `full` first. failed: (method, ratio, message)."""
+    """Lines of one batch size, `full` first. failed: (method, ratio, message), the message naming a decode setting."""
 
     batch_asked: int | str
     lines: list[Line]
@@ -69,19 +87,28 @@ def tables(records: Iterable[Record]) -> list[Table]:
 
     records: lines of bench.jsonl of one command; those of other commands are not to be mixed in.
     """
-    by_batch: dict[int | str, dict[tuple[str, float | None], list[Record]]] = {}
+    by_batch: dict[int | str, dict[Key, list[Record]]] = {}
     for record in records:
         cells = by_batch.setdefault(record["batch_asked"], {})
-        cells.setdefault((record["method"], record["ratio"]), []).append(record)
+        decode = json.dumps(record.get("decode"), sort_keys=True)
+        cells.setdefault((record["method"], record["ratio"], decode), []).append(record)
     return [_table(batch, cells) for batch, cells in by_batch.items()]
 
 
-def _table(batch: int | str, cells: dict[tuple[str, float | None], list[Record]]) -> Table:
+Key = tuple[str, float | None, str]
+"""Method, ratio, and how generated tokens are compressed."""
+
+
+def _table(batch: int | str, cells: dict[Key, list[Record]]) -> Table:
     good = {key: [r for r in found if r["status"] == "ok"] for key, found in cells.items()}
     lines = [_line(found) for found in good.values() if found]
     full = next((line for line in lines if line.method == "full"), None)
-    failed = [(r["method"], r["ratio"], r["error"]) for found in cells.values() for r in found if r["status"] != "ok"]
+    failed = [(r["method"], r["ratio"], _said(r)) for found in cells.values() for r in found if r["status"] != "ok"]
     return Table(batch, [_against(line, full) for line in lines], failed)
+
+
+def _said(record: Record) -> str:
+    return ": ".join(filter(None, (decoding(record.get("decode")), record["error"])))
 
 
 def _line(records: Sequence[Record]) -> Line:
@@ -94,7 +121,8 @@ def _line(records: Sequence[Record]) -> Line:
         tokens_per_second=Figure.of([v for r in records for v in r["tokens_per_second"]["all"]]),
         kv_bytes=first["kv_bytes"], alloc_bytes=first["alloc_bytes"], memory=_memory(records),
         flags=sorted({flag for r in records for flag in r["flags"]}),
-        busy=any(r["device"] == "cpu" and r["cpu_share"] < BUSY for r in records),
+        busy=any(r["device"] == "cpu" and r["cpu_share"] < BUSY for r in records), decode=first.get("decode"),
+        storage=first.get("storage") or "pairs", buffer_bytes=first.get("buffer_bytes") or 0,
     )  # fmt: skip
 
 
@@ -114,7 +142,7 @@ def _against(line: Line, full: Line | None) -> Line:
     found = {
         "tokens_per_second": line.tokens_per_second.median / full.tokens_per_second.median,
         "batch": line.batch / full.batch,
-        "kv_bytes": line.kv_bytes["kept"] / full.kv_bytes["kept"],
+        "kv_bytes": line.share / full.share,
         "alloc_bytes": line.alloc_bytes / full.alloc_bytes,
         **{
             f"{name}_speed": full.seconds[name].median / line.seconds[name].median

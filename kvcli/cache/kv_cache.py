@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -112,6 +112,8 @@ class CompressedCache(Cache):
 
     reads_attention = False
     """Whether `settle` wants the attention of each new token."""
+    newest_texts: Callable[[], list[str]] | None = None
+    """Text of the newest token that is fed, row by row."""
 
     def begin(self, positions: Tensor) -> None:
         """Before a forward pass: the true positions [R, new] of its tokens."""

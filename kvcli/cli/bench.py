@@ -68,8 +68,9 @@ Out = Annotated[
 def command(
     method: o.Methods = None, ratio: o.Ratios = None, strict_window: o.StrictWindow = None, preset: Preset = None,
     prompt_tokens: PromptTokens = None, new_tokens: NewTokens = None, batch: Batch = "1", repeats: Repeats = 3,
-    rounds: Rounds = 1, seed: Seed = 0, model: o.Model = None, dtype: o.Dtype = None, device: o.Device = None,
-    attn: o.Attn = None, trust_remote_code: o.TrustRemoteCode = None, memory: Memory = None,
+    rounds: Rounds = 1, seed: Seed = 0, decode_ratio: o.DecodeRatio = None, decode_budget: o.DecodeBudget = None,
+    decode_interval: o.DecodeInterval = None, cap: o.Cap = None, model: o.Model = None, dtype: o.Dtype = None,
+    device: o.Device = None, attn: o.Attn = None, trust_remote_code: o.TrustRemoteCode = None, memory: Memory = None,
     threads: o.Threads = None, out: Out = None, json: o.Json = False, dry_run: o.DryRun = False,
 ) -> None:  # fmt: skip
     """Measure what methods save in time and memory.
@@ -82,10 +83,13 @@ def command(
       kvcli bench --method snapkv,h2o --ratio 0.2
       kvcli bench --model llama3-8b --method snapkv --ratio 0.2 --preset 4096/4096
       kvcli bench --model llama3-8b --method shotkv --ratio 0.1,0.4 --batch 1,max
+      kvcli bench --model llama3-8b --method kivi,snapkv+kivi:bits=4,quest --ratio 0.3
     """
     given = {
         "methods": method, "ratios": ratio, "strict_window": strict_window, "model": model, "dtype": dtype,
         "device": device, "attn": attn, "trust_remote_code": trust_remote_code, "threads": threads, "out": out,
+        "decode_ratios": o.words(decode_ratio), "decode_budgets": o.integers("--decode-budget", decode_budget),
+        "decode_interval": decode_interval, "cap": cap,
     }  # fmt: skip
     from kvcli.engine.bench import Sizes
 
@@ -108,7 +112,7 @@ def perform(config: Any, sizes: Sizes, *, dry_run: bool, json: bool) -> int:
         output.json_result(facts) if json else output.result(_described(facts))
         return Exit.DONE
     if plan.left_out:
-        output.warn(f"not measured, of another kind than evicting methods: {', '.join(plan.left_out)}")
+        output.warn(f"not measured, they work in a process of their own: {', '.join(plan.left_out)}")
     output.note(f"results: {plan.file}")
     with StopRequest() as stop, output.progress("bench") as bar:
         outcome = run(
@@ -134,16 +138,21 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "out": str(plan.file), "model": first.model, "dtype": on.dtype, "device": on.device,
         "prompt_tokens": first.prompt_tokens, "new_tokens": first.new_tokens, "batches": list(first.batches),
         "repeats": first.repeats, "rounds": plan.rounds, "processes": plan.rounds * len(plan.jobs),
-        "measurements": plan.measurements, "cells": [{"method": j.method, "ratio": j.ratio} for j in plan.jobs],
+        "measurements": plan.measurements,
+        "cells": [{"method": j.method, "ratio": j.ratio, "decode": j.decode} for j in plan.jobs],
         "full_cache_bytes": row * (first.prompt_tokens + first.new_tokens),
     }  # fmt: skip
 
 
 def _described(facts: dict[str, Any]) -> str:
+    from kvcli.analysis.names import decoding
+
     names = [c["method"] if c["method"] == "full" else f"{c['method']} {c['ratio'] or ''}" for c in facts["cells"]]
+    decodes = [decoding(c["decode"]) for c in facts["cells"]]
+    names = [f"{name.strip()} ({how})" if how else name.strip() for name, how in zip(names, decodes, strict=True)]
     return "\n".join(
         (
-            f"{facts['processes']} processes: {', '.join(name.strip() for name in names)}",
+            f"{facts['processes']} processes: {', '.join(names)}",
             f"{facts['model']} ({facts['dtype']} on {facts['device']}), {facts['prompt_tokens']:,} prompt + "
             f"{facts['new_tokens']:,} new tokens, batch {', '.join(map(str, facts['batches']))}",
             f"{facts['measurements']} measurements of {facts['repeats']} repeats after a warm-up",
@@ -173,6 +182,7 @@ def _finish(plan: Plan, outcome: Outcome, reason: str, json: bool) -> int:
         )
         words = ["kvcli", "sweep", "--model", plan.source.text, "--method", methods]
         words += ["--ratio", ratios] if ratios else []
+        words += plan.decode_words
         output.next_command(f"{shlex.join(words)}     (what the savings cost)")
     return Exit.FAILED_SAMPLES if outcome.failed else Exit.DONE
 

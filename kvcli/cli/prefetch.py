@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from kvcli.cli import output
+from kvcli.cli import output, prefetch_offline
 from kvcli.errors import Exit, KvcliError
 
 if TYPE_CHECKING:
@@ -25,6 +25,21 @@ OLD_WEIGHTS = (".bin", ".bin.index.json")
 OTHERS = ("consolidated", "training_args", "optimizer", "scheduler", "rng_state", "flax_model", "tf_model")
 """What files begin with that hold weights in other forms, or the state of a training."""
 TEXTS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
+NOT_KNOWN = "not known"
+"""The state of what only the hub could tell."""
+
+
+class Wish(NamedTuple):
+    """What is asked for on the hub, and what was typed for it. kind: model or tokenizer."""
+
+    kind: str
+    name: str
+    revision: str | None
+    given: str
+
+    @property
+    def full_name(self) -> str:
+        return self.name + (f"@{self.revision}" if self.revision else "")
 
 
 def command(
@@ -55,7 +70,8 @@ def command(
     """Bring models and data sets into the local caches, for machines without a network.
 
     Weights, tokenizers and the rows of tasks are asked for by the names that run and sweep take. A model that wants its
-    licence accepted is named with its page before anything is fetched. What is there already is not fetched again.
+    licence accepted is named with its page before anything is fetched. What is there already is not fetched again. With
+    --dry-run, where the hub cannot be reached, the cache is shown and one line says what is not known.
 
     \b
     Examples:
@@ -70,18 +86,22 @@ def command(
     from kvcli.evals.loader import find_tasks
 
     chosen = find_tasks(tasks) if tasks else []
-    rows, found = _look_up(models, tokenizer, trust_remote_code)
+    rows, wishes = _wishes(models, tokenizer)
+    found, unseen, why = _look_up(wishes, trust_remote_code, dry_run)
     _check_room(found)
+    rows += unseen
     for repository, files, given in found:
         rows.append(_model_row(repository, files, given, dry_run))
     failures: list[KvcliError] = []
     for one in chosen:
         rows.append(_task_row(one, dry_run, failures))
     output.json_result(rows) if as_json else _print(rows, dry_run)
+    if unseen:
+        output.warn(prefetch_offline.unknown([row["name"] for row in unseen], why))
     if failures:
         raise failures[0]
     if dry_run:
-        output.next_command("the same command without --dry-run")
+        output.next_command("the same command without --dry-run" + ", where the hub can be reached" * bool(unseen))
         return
     output.note("on a machine without a network, with the same HF_HOME: HF_HUB_OFFLINE=1")
     output.next_command(_sweep(models, chosen))
@@ -100,28 +120,58 @@ def _asked(model: list[str] | None, task: list[str] | None, preset: str | None) 
     return models, tasks
 
 
-def _look_up(models: list[str], tokenizer: str | None, code: bool) -> tuple[list[Row], list[Found]]:
-    """Repositories with the files to have; rows for what needs no hub. Raises KvcliError for any that cannot be had."""
-    from kvcli import hub
+def _wishes(models: list[str], tokenizer: str | None) -> tuple[list[Row], list[Wish]]:
+    """Rows for what needs no hub, and what is to be asked for there. Raises KvcliError for texts of no model."""
     from kvcli.models.source import parse_model
 
     rows: list[Row] = []
-    found: list[Found] = []
+    wishes: list[Wish] = []
     for source in [parse_model(text) for text in models]:
-        if source.kind != "hub":
+        if source.kind == "hub":
+            wishes.append(Wish("model", source.place, source.revision, f"--model {source.text}"))
+        else:
             rows.append(_row("model", source.text, 0, 0, "needs no hub", source.place))
-            continue
-        given = f"--model {source.text}"
-        repository = hub.look_up(source.place, source.revision, given)
-        found.append((repository, wanted(repository.files, weights=True, code=code), given))
     if tokenizer is not None:
-        given = f"--tokenizer {tokenizer}"
         if tokenizer.startswith((".", "/", "~")) or Path(tokenizer).is_dir():
             rows.append(_row("tokenizer", tokenizer, 0, 0, "needs no hub", str(Path(tokenizer).expanduser())))
         else:
-            repository = hub.look_up(tokenizer, None, given)
-            found.append((repository, wanted(repository.files, weights=False, code=code), given))
-    return rows, found
+            wishes.append(Wish("tokenizer", tokenizer, None, f"--tokenizer {tokenizer}"))
+    return rows, wishes
+
+
+def _look_up(wishes: list[Wish], code: bool, dry_run: bool) -> tuple[list[Found], list[Row], str]:
+    """Repositories with the files to have. In a dry run a hub that cannot be reached is asked once: rows say what the
+    cache holds of the others, and the text why. Raises KvcliError for any that cannot be had."""
+    from kvcli import hub
+
+    found: list[Found] = []
+    rows: list[Row] = []
+    why = ""
+    for wish in wishes:
+        repository = None
+        if not why:
+            try:
+                repository = hub.look_up(wish.name, wish.revision, wish.given)
+            except KvcliError as e:
+                if not dry_run or not e.what.startswith(prefetch_offline.AWAY):
+                    raise
+                why = prefetch_offline.reason(e.what)
+        if repository is None:
+            rows.append(_cached_row(wish, code))
+        else:
+            found.append((repository, wanted(repository.files, weights=wish.kind == "model", code=code), wish.given))
+    return found, rows, why
+
+
+def _cached_row(wish: Wish, code: bool) -> Row:
+    """A repository of which only the local cache is known."""
+    from kvcli import hub
+
+    commit, sizes = prefetch_offline.cached(wish.name, wish.revision)
+    files = wanted(sizes, weights=wish.kind == "model", code=code)
+    place = str(hub.cache_folder()) if files else None
+    size = sum(sizes[name] for name in files)
+    return _row(wish.kind, wish.full_name, size, None, NOT_KNOWN, place, commit=commit, files=files)
 
 
 def wanted(files: Any, *, weights: bool, code: bool) -> list[str]:
@@ -188,11 +238,12 @@ def _task_row(task: Task, dry_run: bool, failures: list[KvcliError]) -> Row:
         try:
             task.samples(shots=task.usual_shots, shot_seed=0, limit=1, data_dir=None)
         except KvcliError as e:
-            if not dry_run:
-                if e.what.startswith("the hub cannot be reached"):
-                    raise
+            away = prefetch_offline.AWAY in e.what
+            if away and not dry_run:
+                raise
+            if not away:
                 failures.append(e)
-            return _row("task", task.name, 0, 0, "to load" if dry_run else f"failed: {e.what}", None, data_set=named)
+            return _row("task", task.name, 0, 0, "to load" if away else f"failed: {e.what}", None, data_set=named)
     splits = {item.split: item.rows for item in seen}
     size = sum({(item.folder, item.split): item.size for item in seen}.values())
     place = next((item.folder for item in seen if item.folder), None)
@@ -209,7 +260,10 @@ def _print(rows: list[Row], dry_run: bool) -> None:
         (row["kind"], row["name"], output.size(row["bytes"]) if row["bytes"] else None, row["state"], _detail(row))
         for row in rows
     ]
-    output.result(output.table(("what", "name", "size", "state", "of it"), listed))
+    table = output.table(("what", "name", "size", "state", "of it"), listed)
+    for column in table.columns[:3]:
+        column.no_wrap = True  # states and details wrap between words
+    output.result(table)
     for place in dict.fromkeys(row["place"] for row in rows if row["place"]):
         output.result(f"in {place}")
     total = sum(row["fetched_bytes"] or 0 for row in rows)
@@ -218,8 +272,9 @@ def _print(rows: list[Row], dry_run: bool) -> None:
 
 
 def _detail(row: Row) -> str | None:
-    if row.get("commit"):
-        return f"commit {row['commit'][:12]}, {len(row['files'])} files"
+    if row.get("files") is not None:
+        count = f"{len(row['files'])} files" + " in the cache" * (row["state"] == NOT_KNOWN)
+        return f"commit {row['commit'][:12]}, {count}" if row["commit"] else count
     if row.get("splits"):
         return ", ".join(f"{split} {rows:,} rows" for split, rows in row["splits"].items())
     return row.get("data_set")

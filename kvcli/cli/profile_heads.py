@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvcli.cli import options, output
+from kvcli.cli import options
 from kvcli.errors import KvcliError
+
+if TYPE_CHECKING:
+    from kvcli.engine.gates import Training
+
+PANEL = "DuoAttention's gates"
+
+
+def _of_gates(name: str, help: str, least: float) -> Any:
+    return typer.Option(name, min=least, help=help, show_default=False, rich_help_panel=PANEL)
 
 
 def command(
@@ -24,8 +33,21 @@ def command(
     wrong_too: Annotated[bool, typer.Option("--wrong-too", help="Count prompts that are answered wrong.")] = False,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="File to write \\[default: in the user's cache].", show_default=False),
+        typer.Option(
+            "--out", "-o", help="File to write, of gates a folder \\[default: in the user's cache].", show_default=False
+        ),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    gates: Annotated[
+        bool, typer.Option("--gates", help="Train a gate for each KV head instead.", rich_help_panel=PANEL)
+    ] = False,
+    sinks: Annotated[int | None, _of_gates("--sinks", "First tokens a streaming head sees \\[default: 64].", 0)] = None,
+    recent: Annotated[int | None, _of_gates("--recent", "Newest tokens it sees \\[default: 256].", 1)] = None,
+    steps: Annotated[int | None, _of_gates("--steps", "Steps of the training \\[default: 500].", 1)] = None,
+    penalty: Annotated[
+        float | None, _of_gates("--penalty", "Weight of the mean gate in the loss \\[default: 0.05].", 0)
+    ] = None,
+    seed: Annotated[int | None, _of_gates("--seed", "Order of the prompts \\[default: 0].", 0)] = None,
     tokenizer: options.Tokenizer = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -41,56 +63,56 @@ def command(
     The model answers from a passage; a head's score is its attention to the answer's tokens there. Methods that give
     heads different budgets read it. Without --task, prompts are made: needles in the testbed's language for models that
     know its words, pass keys between plain sentences for all others. The file is found again by the model's weights;
-    --out MODEL/head_profile.json puts it into the model's own folder.
+    --out MODEL/head_profile.json puts it into the model's own folder. A file of other weights or settings is replaced
+    with --force only.
+
+    --gates trains what duo_attention:heads=optimise reads: how much each KV head needs more than its first and newest
+    tokens for the model's last states to stay what they are. It writes the authors' full_attention_heads.tsv.
 
     \b
     Examples:
       kvcli profile-heads
       kvcli profile-heads --model ./my-testbed/model --out my-testbed/model/head_profile.json
       kvcli profile-heads --model qwen2.5-0.5b-instruct --limit 100 --prompt-tokens 4000
+      kvcli profile-heads --gates --sinks 4 --recent 60
     """
+    from kvcli.cli.profile_heads_making import make, show
     from kvcli.cli.running import quiet_libraries
     from kvcli.engine.prepare import check_model_options
     from kvcli.models.source import parse_model
 
     source = parse_model(model or "testbed")
-    if out is not None and out.is_dir():
-        raise KvcliError(f"{out} is a folder", given=f"--out {out}", fix=f"--out {out / 'head_profile.json'}")
+    typed = {"sinks": sinks, "recent": recent, "steps": steps, "penalty": penalty, "seed": seed}
+    _check_kind(gates, typed, wrong_too, out)
     check_model_options(dtype or "auto", template or "auto", attn or "auto", threads)
     quiet_libraries()
-    from kvcli.engine.profiling import Settings, measure, strongest
-    from kvcli.models.profiles import cache_place, own_place, read_profile, write_profile
+    from kvcli.engine.profiling import Settings
+    from kvcli.models.profiles import cache_place, gates_place
 
-    place = out or cache_place(source)
-    if place.exists():
-        read_profile(place)  # refuses, before the model is run, what it could not overwrite
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise KvcliError(f"cannot write {place}: {e.strerror}", given=f"--out {place}", fix="another --out") from e
+    training = _training(typed) if gates else None
+    place = out or (gates_place(source, training.sinks, training.recent) if training else cache_place(source))
     asked = Settings(
         task, limit, prompt_tokens, wrong_too, tokenizer, dtype or "auto", device or "auto", attn or "auto", threads,
         template or "auto", bool(trust_remote_code), data_dir,
     )  # fmt: skip
-    with output.progress("profiling") as bar:
-        profile = measure(source, asked, lambda done, total: bar.update(done, total, model=source.text))
-    write_profile(profile, place)
-    if json:
-        output.json_result({**profile.to_dict(), "file": str(place)})
-    else:
-        rows = [(layer, head, f"{score:.4f}") for layer, head, score in strongest(profile, 10)]
-        output.result(output.table(("layer", "head", "score"), rows))
-        output.result(str(place))
-    own = own_place(source)
-    first = own if own is not None and own.is_file() else cache_place(source)  # where methods look first
-    found_alone = place.resolve() == first.resolve()
-    setting = "" if found_alone else f":profile={place}"
-    output.next_command(f"kvcli sweep --model {source.text} --method {_reader()}{setting} --ratio 0.2")
+    show(source, make(source, asked, training, place, force=force), place, json=json)
 
 
-def _reader() -> str:
-    """The first method that reads a profile."""
-    from kvcli.methods.catalog import build, usable
-    from kvcli.models.profiles import is_profile
+def _check_kind(gates: bool, typed: dict[str, Any], wrong_too: bool, out: Path | None) -> None:
+    """Options of the one kind given with the other, and a place that cannot hold it."""
+    alone = [f"--{name} {value}" for name, value in typed.items() if value is not None]
+    if alone and not gates:
+        raise KvcliError("only --gates has such a setting", given=" ".join(alone), fix="--gates, or leave it out")
+    if wrong_too and gates:
+        what = "gates need no right answers: the model is compared with itself"
+        raise KvcliError(what, given="--gates --wrong-too", fix="leave out --wrong-too")
+    if out is not None and out.is_dir() and not gates:
+        raise KvcliError(f"{out} is a folder", given=f"--out {out}", fix=f"--out {out / 'head_profile.json'}")
+    if out is not None and out.is_file() and gates:
+        raise KvcliError(f"{out} is a file", given=f"--gates --out {out}", fix="--out with a folder")
 
-    return next(name for name in usable() if any(map(is_profile, build(name).needs())))
+
+def _training(typed: dict[str, Any]) -> Training:
+    from kvcli.engine.gates import Training
+
+    return Training(**{name: value for name, value in typed.items() if value is not None})

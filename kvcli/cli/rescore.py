@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvcli.cli import output
+from kvcli.cli import output, rescore_table
 from kvcli.grammar import split_tasks
 from kvcli.results import store
 
@@ -92,12 +93,8 @@ def _row(tally: Tally) -> dict[str, Any]:
 
 
 def _print(tallies: list[Tally], folder: Folder, dry_run: bool) -> None:
-    rows = [
-        (t.task, t.method, t.records, t.changed, _mean(t.before, t), _mean(t.after, t), t.left_out.total())
-        for t in tallies
-    ]
-    headers = ("task", "method", "records", "changed", "score before", "score after", "left out")
-    output.result(output.table(headers, rows))
+    room = output.console()
+    output.result(rescore_table.table(tallies, room.width if room.is_terminal or "COLUMNS" in os.environ else None))
     changed, records = sum(t.changed for t in tallies), sum(t.records for t in tallies)
     more = " would change" if dry_run else " changed"
     output.note(f"{changed} of {records} records{more}")
@@ -107,7 +104,3 @@ def _print(tallies: list[Tally], folder: Folder, dry_run: bool) -> None:
     for (task, why), count in left.items():
         output.warn(f"{task}: {count} record{'s' * (count != 1)} left as before: {why}")
     output.next_command(f"kvcli report {shlex.quote(str(folder.path))}")
-
-
-def _mean(total: float, tally: Tally) -> float | None:
-    return round(total / tally.records, 3) if tally.records else None

@@ -20,8 +20,9 @@ TYPES = {"generate_until": "gen", "multiple_choice": "mc"}
 """Whether an answer is generated or chosen."""
 NO_SUITE = "in no suite"
 NARROW_NAME = 26
-"""Width of names where the screen is narrow; longer ones go on in the next line."""
+"""Width of names where the screen is very narrow; longer ones go on in the next line."""
 NARROWEST = 12
+"""Least width of abilities."""
 
 
 def rows(name: str | None = None) -> list[Row]:
@@ -114,11 +115,12 @@ def print_rows(found: list[Row]) -> None:
 
 
 def _fit(table: Table, widths: list[int]) -> None:
-    """On a narrow screen abilities are cut first; on a very narrow one everything wraps as rich would have it."""
+    """On a narrow screen abilities are cut first, then names go on in the next line; on a very narrow one everything
+    wraps as rich would have it."""
     room = output.console()
     bound = room.width if room.is_terminal or "COLUMNS" in os.environ else sum(widths) + 100
     spare = bound - 2 * len(widths) - 1 - (sum(widths) - widths[1])
-    if spare < widths[1]:
+    if spare < min(widths[1], NARROWEST):
         table.columns[0].max_width = min(widths[0], NARROW_NAME)
         spare += widths[0] - min(widths[0], NARROW_NAME)
     if spare < NARROWEST:

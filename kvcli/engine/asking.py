@@ -29,6 +29,7 @@ from kvcli.methods.base import Block, Merge, Method, Selection, Transform
 from kvcli.methods.composed import merge_of, transform_of
 from kvcli.methods.context import Context
 from kvcli.models.pruned_prefill import Pruned
+from kvcli.models.streaming_prefill import streaming_prefill
 from kvcli.models.wrapper import Model
 
 MATCHED = Decimal("0.01")
@@ -96,17 +97,20 @@ class Asker:
         matched, budget = self._sized(cell, ctx)
         method = self.method(cell)
         payload = None
-        if method.kind == "in-prefill":
-            mine = Own((sample, cell.id), cell.method, method, budget)
+        window = method.prefill_window()
+        if method.kind == "in-prefill" and window is None:
+            mine = Own((sample, cell.id), cell.method, method, budget, cell.decode is not None)
             done = self.own.take(ctx, mine, self._owns(coming, ctx))
-            selection, row, logits = _pruned(done, method, ctx, budget)
+            selection, row, logits = pruned_row(done, cell, method, ctx, budget)
         else:
             selection, logits = self._selected(method, ctx, budget, cell), ready.logits
-            pairs = _pairs(method, ctx, selection.kept)
+            if window is not None:
+                ctx, logits = self._through(window, ctx, selection)
+            pairs = pairs_of(method, ctx, selection.kept)
             payload = self._payload(method, ctx, selection, pairs)
-            row = self._row(cell, method, ctx, selection, pairs, budget)
+            row = self.row(cell, method, ctx, selection, pairs, budget)
         own = logits if method.kind == "in-prefill" else None
-        if payload is not None and self._saves_nothing(selection, ctx, payload):
+        if payload is not None and self.saves_nothing(selection, ctx, payload):
             selection.flags |= {"noop"}
         if matched is not None and self._misses(selection, matched):
             selection.flags |= {"unreachable"}
@@ -125,6 +129,12 @@ class Asker:
         seed = ctx.seed if method.seeded else None
         return ctx.once(("selected", cell.method, budget, seed), lambda: select(method, ctx, budget))
 
+    def _through(self, window: tuple[int, int], ctx: Context, selection: Selection) -> tuple[Context, Tensor]:
+        """The prompt as it is when streaming heads read it through their window, and the logits behind it."""
+        streams = [facts["streams"] for facts in selection.facts]
+        read = streaming_prefill(self.model, ctx.token_ids, streams, *window)
+        return dataclasses.replace(ctx, keys=read.keys, values=read.values), read.logits
+
     def _bytes_of(self, anchor: Anchor, ctx: Context) -> int:
         """Bytes of what the anchor keeps of this prompt: it really selects and stores it, once per prompt and seed."""
         method = self.method(anchor)
@@ -132,7 +142,7 @@ class Asker:
         def make() -> int:
             try:
                 selection = select(method, ctx, self._budget(anchor, ctx))
-                payload = self._payload(method, ctx, selection, _pairs(method, ctx, selection.kept))
+                payload = self._payload(method, ctx, selection, pairs_of(method, ctx, selection.kept))
             except (ValueError, KvcliError) as error:
                 if isinstance(error, SharedContextWritten):
                     raise
@@ -170,11 +180,11 @@ class Asker:
         """Those of these rows that prefill for themselves."""
         for sample, cell in rows:
             method = self.method(cell)
-            if method.kind == "in-prefill":
+            if method.kind == "in-prefill" and method.prefill_window() is None:
                 _, budget = self._sized(cell, dataclasses.replace(ctx, seed=cell.seed or 0))
-                yield Own((sample, cell.id), cell.method, method, budget)
+                yield Own((sample, cell.id), cell.method, method, budget, cell.decode is not None)
 
-    def _row(self, cell: Cell, method: Method, ctx: Context, selection: Selection, pairs: Pairs, budget: Budget) -> Row:
+    def row(self, cell: Cell, method: Method, ctx: Context, selection: Selection, pairs: Pairs, budget: Budget) -> Row:
         """The row's kept pairs; in the compressed mode the last prompt token leaves and is fed again."""
         transform, kept = transform_of(method), selection.kept
         keys, values, chosen = pairs
@@ -193,7 +203,7 @@ class Asker:
             _facts(method, ctx, selection), _beyond(method, cap, selection.kept, ctx.kv_heads),
         )  # fmt: skip
 
-    def _saves_nothing(self, selection: Selection, ctx: Context, payload: int) -> bool:
+    def saves_nothing(self, selection: Selection, ctx: Context, payload: int) -> bool:
         """Whether all pairs were kept and stored in another form that is no smaller."""
         whole = all(count == ctx.n for layer in kept_counts(selection.kept, ctx.kv_heads) for count in layer)
         return whole and payload >= payload_bytes(selection.kept, self.model.shapes.dims)
@@ -237,18 +247,26 @@ class Asker:
         return StopRules(length, end_tokens(self.model), prompts.task.until)
 
 
-def _pruned(done: Pruned, method: Method, ctx: Context, budget: Budget) -> tuple[Selection, Row, Tensor]:
+def pruned_row(done: Pruned, cell: Cell, method: Method, ctx: Context, budget: Budget) -> tuple[Selection, Row, Tensor]:
     """Of a prefill of its own: what it kept, where that stands in the prompt, and its own logits."""
-    selection = checked(Selection(done.positions, done.flags, notes=dict(done.notes)), method, ctx, budget)
+    facts = [{name: torch.full((ctx.kv_heads,), value) for name, value in done.facts.items()}] * ctx.layers
+    selection = checked(Selection(done.positions, done.flags, notes=dict(done.notes), facts=facts), method, ctx, budget)
     whole = [torch.arange(len(positions)) for positions in done.positions]
-    return selection, Row(done.keys, done.values, whole), done.logits
+    if cell.decode is None:
+        return selection, Row(done.keys, done.values, whole), done.logits
+    cap = Cap.of(cell.decode, budget, method)
+    row = PoolRow(
+        done.keys, done.values, whole, None, ctx.n, cap, done.state, cell.decode["interval"], selection.kept,
+        facts, _beyond(method, cap, selection.kept, ctx.kv_heads), whole,
+    )  # fmt: skip
+    return selection, row, done.logits
 
 
 Pairs = tuple[Sequence[Tensor], Sequence[Tensor], Kept]
 """Keys and values per layer, and which of them are kept: the prompt's own, or what a merge made of them."""
 
 
-def _pairs(method: Method, ctx: Context, kept: Kept) -> Pairs:
+def pairs_of(method: Method, ctx: Context, kept: Kept) -> Pairs:
     merge = merge_of(method)
     return (ctx.keys, ctx.values, kept) if merge is None else _merged(merge, ctx, kept)
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvcli.config import SweepConfig
+from kvcli.engine.plan import decode_settings
 from kvcli.engine.prepare import check
 from kvcli.errors import KvcliError
 from kvcli.methods import catalog
-from kvcli.models import loader
+from kvcli.models import loader, profiles
 from kvcli.models.source import ModelSource, parse_model
 from kvcli.results import store
 
@@ -22,8 +23,6 @@ PRESETS = {"4096/4096": (4096, 4096), "8192/4096": (8192, 4096)}
 """Prompt and new tokens of the settings in which the benchmark reports efficiency."""
 DEFAULT_TOKENS, TESTBED_TOKENS = (4096, 256), (512, 128)
 DEFAULT_METHODS, DEFAULT_RATIOS = ("tier1",), ("0.2",)
-KINDS = ("evict", "in-prefill")
-"""Kinds of methods that are measured."""
 MAX = "max"
 LEAST_PROMPT, LEAST_NEW = 16, 2
 """Room for every region of a prompt; one step for the first token and one that is timed as the others."""
@@ -53,6 +52,8 @@ class Job:
     trust_remote_code: bool = False
     memory: int | None = None
     spare: int | None = None
+    decode: dict[str, Any] | None = field(default=None, hash=False)
+    """How generated tokens are compressed, as in a sweep's cell; None: they are all kept."""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -64,7 +65,8 @@ class Job:
 
     @property
     def label(self) -> str:
-        return self.method if self.ratio is None or self.method == "full" else f"{self.method} {self.ratio}"
+        name = self.method if self.ratio is None or self.method == "full" else f"{self.method} {self.ratio}"
+        return name + "".join(f", decode {k} {v}" for k, v in (self.decode or {}).items() if (k, v) != ("interval", 1))
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,14 @@ class Plan:
     rounds: int
     folder: Path
     left_out: Sequence[str] = ()
-    """Methods asked for that are of a kind that is not measured."""
+    """Methods asked for whose work another program does."""
 
     @property
     def file(self) -> Path:
         return self.folder / FILE
+
+    decode_words: Sequence[str] = ()
+    """Options of compression while generating, as `kvcli sweep` takes them."""
 
     @property
     def measurements(self) -> int:
@@ -110,6 +115,8 @@ def plan(config: SweepConfig, sizes: Sizes) -> Plan:
         model=config.model, methods=config.methods or DEFAULT_METHODS, ratios=config.ratios or DEFAULT_RATIOS,
         dtype=config.dtype, device=config.device, threads=config.threads, attn=config.attn,
         trust_remote_code=config.trust_remote_code, strict_window=config.strict_window,
+        decode_ratios=config.decode_ratios, decode_budgets=config.decode_budgets,
+        decode_interval=config.decode_interval, cap=config.cap,
     )  # fmt: skip
     request = check(asked)
     checked, source = request.config, request.source
@@ -128,19 +135,30 @@ def plan(config: SweepConfig, sizes: Sizes) -> Plan:
         spare=(loader.available_memory() or 0) // 2 or None,
     )  # fmt: skip
     methods, left_out = _measurable(checked.methods)
-    jobs = [dataclasses.replace(common, method=m, ratio=r) for m in methods for r in _ratios(m, checked.ratios)]
-    return Plan(source, (common, *jobs), sizes.rounds, folder, left_out)
+    jobs = [
+        dataclasses.replace(common, method=m, ratio=r, decode=decode)
+        for m in methods
+        for r in _ratios(m, checked.ratios)
+        for decode in decode_settings(checked, catalog.build(m), r)
+    ]
+    return Plan(source, (common, *jobs), sizes.rounds, folder, left_out, _decode_words(checked))
 
 
 def _measurable(methods: Sequence[str]) -> tuple[list[str], list[str]]:
     """Methods that can be measured, `full` not among them, and those that cannot. Raises KvcliError for none at all."""
     others = [m for m in methods if m != "full"]
-    good = [m for m in others if catalog.build(m).kind in KINDS]
+    good = [m for m in others if "kvpress" not in catalog.build(m).needs()]
     if others and not good:
-        what = f"bench does not measure methods of kind '{catalog.build(others[0]).kind}'"
-        fix = "kvcli list methods shows the kind of each"
-        raise KvcliError(what, given=f"--method {','.join(others)}", fix=fix)
+        what = "bench does not measure kvpress's classes: they work in a process of their own"
+        raise KvcliError(what, given=f"--method {','.join(others)}", fix="kvcli's own methods: kvcli list methods")
     return good, [m for m in others if m not in good]
+
+
+def _decode_words(config: SweepConfig) -> list[str]:
+    words = ["--decode-ratio", ",".join(config.decode_ratios)] if config.decode_ratios != ("off",) else []
+    words += ["--decode-budget", ",".join(map(str, config.decode_budgets))] if config.decode_budgets else []
+    words += ["--cap", config.cap] if config.cap != "grow" else []
+    return words + (["--decode-interval", str(config.decode_interval)] if config.decode_interval != 1 else [])
 
 
 def _ratios(method: str, ratios: Sequence[str]) -> Sequence[str | None]:
@@ -214,6 +232,7 @@ def target(job: Job) -> Target:
     device = loader.pick_device(job.device)
     dtype = loader.pick_dtype(job.dtype, device, config)
     loader.check_attention(job.attn, device, dtype)
+    profiles.check_profiles(source, catalog.build(job.method).needs(), config)
     _check_context(job, source, getattr(config, "max_position_embeddings", None))
     return Target(source, config, dtype, device)
 

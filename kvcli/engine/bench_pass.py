@@ -1,13 +1,12 @@
 """One pass of a benchmark: prefill, selection, compressed cache and decode steps of one method.
 
 Every prompt is prefilled alone, with the statistics this method needs and no others, and compressed at once; then all
-rows decode together. The first token is the prefill's; each of `new_tokens` decode steps reads one and gives the next.
-Nothing ends a row early.
+rows decode together, from the cache that a sweep decodes this method's rows from. The first token is the prefill's;
+each of `new_tokens` decode steps reads one and gives the next. Nothing ends a row early.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import random
 import statistics
@@ -15,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,14 +23,18 @@ from kvcli.attention.capture import Needs
 from kvcli.cache.budget import Budget
 from kvcli.cache.kv_cache import CompressedCache
 from kvcli.cache.rows import STORED_BYTES, Row, payload_bytes
-from kvcli.cache.workspace import Workspace
+from kvcli.engine.asking import Asker, Options, pairs_of, pruned_row
 from kvcli.engine.bench import Job
+from kvcli.engine.bench_rows import Held, joined
+from kvcli.engine.caches import build_of, storage_of
 from kvcli.engine.meter import Memory, Meter
 from kvcli.engine.needs import captured, given
+from kvcli.engine.plan import Cell
 from kvcli.engine.prefilling import passes
 from kvcli.engine.selecting import select
-from kvcli.errors import KvcliError
 from kvcli.methods import catalog
+from kvcli.methods.base import Reader, Selection
+from kvcli.methods.composed import transform_of
 from kvcli.methods.context import Context
 from kvcli.models.wrapper import Model
 from kvcli.spans import Region
@@ -61,87 +64,14 @@ def prompt(n: int, vocabulary: int, first: int | None, seed: int, row: int) -> l
     return drawn if first is None else [first, *drawn[1:]]
 
 
-@dataclass
-class Held:
-    """One compressed prompt on its way into the batch.
-
-    row: its pairs, in lists whose layers can be let go one by one. first [1]: the prefill's own next token, which is
-    fed at position `end`. payload: 16-bit bytes of what was kept.
-    """
-
-    row: Row
-    first: Tensor
-    end: int
-    payload: int
-    flags: frozenset[str]
-
-    def shrink(self) -> None:
-        """Nothing but the kept pairs stays in memory; a layer that is kept whole stays as it is."""
-        row, forms = self.row, []
-        for layer, form in enumerate(row.kept):
-            small, row.keys[layer] = _gather(row.keys[layer], form)  # type: ignore[index]
-            small, row.values[layer] = _gather(row.values[layer], form)  # type: ignore[index]
-            forms.append(small)
-        row.kept = forms
-
-    def clone(self) -> Held:
-        row = dataclasses.replace(
-            self.row, keys=[x.clone() for x in self.row.keys], values=[x.clone() for x in self.row.values]
-        )
-        return dataclasses.replace(self, row=row)
-
-
-def _gather(x: Tensor, form: Tensor | list[Tensor]) -> tuple[Tensor | list[Tensor], Tensor]:
-    """Which positions of the result are kept, and the kept pairs of [H_kv, n, D] as a tensor of their own."""
-    if isinstance(form, list):
-        out = x.new_zeros(len(form), max(len(p) for p in form), x.shape[-1])
-        for head, positions in enumerate(form):
-            out[head, : len(positions)] = x[head, positions.to(x.device)]
-        return [torch.arange(len(p)) for p in form], out
-    everything = torch.arange(form.shape[-1])
-    if form.dim() == 1:
-        return everything, x if len(form) == x.shape[1] else x[:, form.to(x.device)]
-    return everything, x.gather(1, form.to(x.device)[..., None].expand(-1, -1, x.shape[-1]))
-
-
-class Draining(Workspace):
-    """Buffers of exactly the size asked for; each layer's sources are let go when the next layer asks for its own.
-
-    So building a cache never holds more than one layer twice. Else `full`, which copies everything into its decode
-    cache, would seem to need twice its memory, and every method to save as much.
-    """
-
-    def __init__(self, rows: Sequence[Row], settle: Callable[[], object]) -> None:
-        """settle: called when something was let go."""
-        super().__init__()
-        self._rows, self._settle = list(rows), settle
-
-    def swap(self, layer: int, like: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
-        if layer:
-            self._let_go(layer - 1)
-        return [like.new_empty(shape) for shape in shapes]
-
-    def _let_go(self, layer: int) -> None:
-        for row in self._rows:
-            row.keys[layer] = row.values[layer] = None  # type: ignore[index]
-        self._settle()
-
-    def finish(self) -> None:
-        self._let_go(-1)
-        self._rows.clear()
-
-
-def joined(rows: Sequence[Row], room: int, settle: Callable[[], object] = lambda: None) -> CompressedCache:
-    """The cache of a batch; the rows have given up their keys and values."""
-    memory = Draining(rows, settle)
-    cache = CompressedCache(rows, room, memory)
-    memory.finish()
-    return cache
-
-
 @dataclass(frozen=True)
 class Pass:
-    """What one pass took. seconds and peaks by phase; steps: seconds of each decode step."""
+    """What one pass took. seconds and peaks by phase; steps: seconds of each decode step.
+
+    payload, end, read: 16-bit bytes of one prompt's cache before and behind the decode steps, and of what a new token
+    reads where the method chooses that (else None), means over the rows. alloc: bytes really held per row when all
+    new tokens are in; buffer: those of them that are one layer, written out for attention.
+    """
 
     batch: int
     seconds: dict[str, float]
@@ -149,7 +79,10 @@ class Pass:
     idle: int | None
     peaks: dict[str, int]
     payload: float
+    end: float
+    read: float | None
     alloc: int
+    buffer: int
     flags: frozenset[str]
     cpu_share: float
     tokens: list[list[int]]
@@ -188,14 +121,26 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 
 class Measured:
-    """A loaded model with one method and one ratio."""
+    """A loaded model with one method and one ratio.
+
+    growth: bytes per row by which the cache has grown in a pass of all new tokens; 0 where it has all its room from
+    the first.
+    """
 
     def __init__(self, job: Job, model: Model, memory: Memory) -> None:
         self.job, self.model, self.memory = job, model, memory
         self.method = catalog.build(job.method)
+        self.storage = storage_of(self.method, job.decode)
+        self.build = build_of(self.storage, self.method, model.shapes.heads)
+        self.cell = Cell(
+            "bench", "", 0, job.method, job.ratio, None, "prefill", job.seed, {}, job.decode,
+            transformed=transform_of(self.method) is not None, reading=isinstance(self.method, Reader),
+        )  # fmt: skip
+        self.asker = Asker(model, Options(1, strict_window=job.strict_window), lambda _: self.method)
         self.needs = Needs.of(captured(self.method.needs()))
         self.given = given(self.model, self.method.needs())
         self.regions = regions(job.prompt_tokens)
+        self.growth = 0
         config = model.hf.config
         bos = getattr(config, "bos_token_id", None)
         self.first = bos if isinstance(bos, int) and 0 <= bos < config.vocab_size else None
@@ -206,7 +151,7 @@ class Measured:
         weigh: freed memory is given back on the way, for peaks; its times are of no use. clones: all rows
         but the first and the last are copies of the first.
         """
-        settle = self.memory.settle if weigh else gc.collect
+        settle: Callable[[], object] = self.memory.settle if weigh else gc.collect
         settle()
         idle = self.memory.now()
         meter = Meter(self.model.device, self.memory)
@@ -214,77 +159,135 @@ class Measured:
         for i in range(batch):
             copied = clones and 0 < i < batch - 1
             held.append(held[0].clone() if copied else self._compressed(i, batch, meter))
-        payload = sum(one.payload for one in held) / batch
+        payloads = [one.payload for one in held]
         tokens = torch.cat([one.first for one in held])[:, None]
         ends = torch.tensor([[one.end] for one in held], device=self.model.device)
         flags = frozenset().union(*(one.flags for one in held))
         with meter.phase("build"), torch.inference_mode():
             rows = [one.row for one in held]
-            cache = joined(rows, self.job.new_tokens, self.memory.settle if weigh else lambda: None)
+            cache = joined(rows, self.job.new_tokens, self.build, self.memory.settle if weigh else lambda: None)
         del held, rows
         settle()
-        times: list[float] = []
+        begun, times = cache.nbytes(), list[float]()
+        rewritten = weigh and self.storage == "stored"  # what such a step frees would count until the next one
         with meter.phase("decode"):
-            decoded = self._decode(cache, tokens, ends, steps, meter, times)
+            decoded = self._decode(cache, tokens, ends, steps, meter, times, settle if rewritten else lambda: None)
+        room = self._room_left(cache, begun, batch, steps)
         if meter.peaks and idle is not None:  # pages of the cache that nothing has written yet are not resident
-            meter.peaks["decode"] = max(meter.peaks["decode"], idle + cache.nbytes())
+            meter.peaks["decode"] = max(meter.peaks["decode"], idle + cache.nbytes()) + room
         cpu_share = meter.cpu / sum(meter.seconds.values())
+        payload, end, read = self._bytes(cache, payloads, steps)
+        if end < payload + steps * self.pair_bytes:
+            flags -= {"noop"}  # nothing of the prompt was evicted at first, but something was while generating
         return Pass(
-            batch, meter.seconds, times, idle, meter.peaks, payload, cache.nbytes() // batch, flags, cpu_share,
+            batch, meter.seconds, times, idle, meter.peaks, payload, end, read, (cache.nbytes() + room) // batch,
+            cache.layers[0].nbytes() // batch if self.storage == "stored" else 0, flags, cpu_share,
             torch.cat([tokens, decoded], 1).tolist(),
         )  # fmt: skip
+
+    def _room_left(self, cache: CompressedCache, begun: int, batch: int, steps: int) -> int:
+        """Bytes that the cache will still grow by until all new tokens are in."""
+        grown = (cache.nbytes() - begun) // batch
+        if steps >= self.job.new_tokens:
+            self.growth = max(self.growth, grown)
+        return batch * max(0, self.growth - grown)
+
+    def _bytes(self, cache: CompressedCache, payloads: Sequence[int], steps: int) -> tuple[float, float, float | None]:
+        """Of one row: 16-bit bytes before and behind the steps, and read per new token; means."""
+        whole = [cache.payload(row) for row in range(len(payloads))]
+        ends = [p + steps * self.pair_bytes if w is None else w for p, w in zip(payloads, whole, strict=True)]
+        reads = [found for row in range(len(payloads)) if (found := cache.read_per_token(row)) is not None]
+        return statistics.mean(payloads), statistics.mean(ends), statistics.mean(reads) if reads else None
 
     def _compressed(self, row: int, batch: int, meter: Meter) -> Held:
         """Prefills one prompt and selects; where other prompts follow, no more than what was selected stays."""
         n, config = self.job.prompt_tokens, self.model.hf.config
         ids = prompt(n, config.vocab_size, self.first, self.job.seed, row)
-        held = self._pruned(ids, meter) if self.method.kind == "in-prefill" else self._selected(ids, row, meter)
+        window = self.method.prefill_window()
+        if window is not None:
+            held = self._through(window, ids, row, meter)
+        elif self.method.kind == "in-prefill":
+            held = self._pruned(ids, row, meter)
+        else:
+            held = self._selected(ids, row, meter)
         if batch > 1:
             with meter.phase("build"), torch.inference_mode():
                 held.shrink()
         return held
 
-    def _pruned(self, ids: list[int], meter: Meter) -> Held:
+    def _pruned(self, ids: list[int], row: int, meter: Meter) -> Held:
         """Under a method that drops tokens while the prompt is read: all its work is prefill."""
         from kvcli.models.pruned_prefill import pruned_prefill
 
         with meter.phase("prefill"):
-            done = pruned_prefill(self.model, ids, self.method, self._budget())  # type: ignore[arg-type]
+            budget, evicting = self._budget(), self.job.decode is not None
+            done = pruned_prefill(self.model, ids, self.method, budget, evicting)  # type: ignore[arg-type]
             first = done.logits.argmax(-1, keepdim=True)
         meter.nothing("select")
-        kept = [torch.arange(len(positions)) for positions in done.positions]
-        return Held(
-            Row(done.keys, done.values, kept), first, len(ids), payload_bytes(kept, self.model.shapes.dims), done.flags
-        )
+        ctx = self._context(ids, row, done.keys, done.values)
+        selection, held, _ = pruned_row(done, self.cell, self.method, ctx, budget)
+        return self._held(selection, held, first, len(ids))
+
+    def _through(self, window: tuple[int, int], ids: list[int], row: int, meter: Meter) -> Held:
+        """Under a method whose streaming heads read the prompt through a window; which heads do is known before."""
+        from kvcli.models.streaming_prefill import streaming_prefill
+
+        unread = [torch.empty(self.model.shapes.kv_heads[0], len(ids), 0)] * self.model.shapes.layers
+        with meter.phase("select"):
+            selection = select(self.method, self._context(ids, row, unread, unread, passes=self.given), self._budget())
+        with meter.phase("prefill"):
+            read = streaming_prefill(self.model, ids, [facts["streams"] for facts in selection.facts], *window)
+            first = read.logits.argmax(-1, keepdim=True)
+        ctx = self._context(ids, row, read.keys, read.values, passes=self.given)
+        with meter.phase("build"), torch.inference_mode():
+            return self._formed(ctx, selection, first)
 
     def _selected(self, ids: list[int], row: int, meter: Meter) -> Held:
-        n, shapes, rope = len(ids), self.model.shapes, self.model.rope
         with meter.phase("prefill"):
             prefilled = self.model.prefill([ids], self.needs, [self.regions[-1].start])
             first = prefilled.logits.argmax(-1)
         with meter.phase("select"):
             dense = prefilled.dense(0)
-            own = passes(self.model, dense, ids, self.regions, self.job.new_tokens)
-            ctx = Context(
-                n=n, heads=shapes.heads, kv_heads=shapes.kv_heads[0], token_ids=ids, regions=self.regions,
-                keys=dense.keys, values=dense.values, column_sums=dense.column_sums,
-                window_queries=dense.window_queries, scaling=prefilled.capture.scaling, sample_id=f"bench-{row}",
-                seed=self.job.seed, passes={**self.given, **own},
-                rope=rope, o_proj=self.model.o_proj, moments=dense.moments,
+            answer = self.job.new_tokens + 1  # the prefill's token and one per step
+            own = passes(self.model, dense, ids, self.regions, answer)
+            ctx = self._context(
+                ids, row, dense.keys, dense.values, column_sums=dense.column_sums,
+                window_queries=dense.window_queries, scaling=prefilled.capture.scaling,
+                passes={**self.given, **own}, moments=dense.moments,
             )  # fmt: skip
             selection = select(self.method, ctx, self._budget())
-        kept, end, rotate = selection.kept, n, None
-        if selection.rerotate:
-            if rope is None:
-                what = "this model's keys cannot be moved"
-                raise KvcliError(what, given=f"--method {self.job.method}", fix="rerotate=false")
-            end = len(kept[0])
+        with meter.phase("build"), torch.inference_mode():
+            return self._formed(ctx, selection, first)
 
-            def rotate(layer: int, keys: Tensor, _: Tensor) -> Tensor:
-                return rope.move(keys, cast(Tensor, kept[layer]), torch.arange(end))
+    def _context(self, ids: list[int], row: int, keys: list[Tensor], values: list[Tensor], **captured: Any) -> Context:
+        shapes, tokenizer = self.model.shapes, self.model.tokenizer
+        given: dict[str, Any] = {"column_sums": {}, "window_queries": [], "scaling": [], **captured}
 
-        whole = Row(list(dense.keys), list(dense.values), kept, rotate)
-        return Held(whole, first, end, payload_bytes(kept, shapes.dims), selection.flags)
+        def text(i: int) -> str:
+            found: str = tokenizer.decode([ids[i]], skip_special_tokens=True)
+            return found
+
+        return Context(
+            n=len(ids), heads=shapes.heads, kv_heads=shapes.kv_heads[0], token_ids=ids, regions=self.regions,
+            keys=keys, values=values, sample_id=f"bench-{row}", seed=self.job.seed,
+            token_text=text if tokenizer is not None else None, rope=self.model.rope, o_proj=self.model.o_proj,
+            **given,
+        )  # fmt: skip
+
+    def _formed(self, ctx: Context, selection: Selection, first: Tensor) -> Held:
+        """The row that a sweep would decode: what a merge made of the kept pairs, the form a transform stores."""
+        pairs = pairs_of(self.method, ctx, selection.kept)
+        row = self.asker.row(self.cell, self.method, ctx, selection, pairs, self._budget())
+        held = self._held(selection, row, first, ctx.n)
+        held.store()
+        if self.cell.transformed and self.asker.saves_nothing(selection, ctx, held.payload):
+            held.flags |= {"noop"}
+        return held
+
+    def _held(self, selection: Selection, row: Row, first: Tensor, n: int) -> Held:
+        row.keys, row.values = list(row.keys), list(row.values)
+        end = len(selection.kept[0]) if selection.rerotate else n
+        return Held(row, first, end, payload_bytes(selection.kept, self.model.shapes.dims), selection.flags)
 
     def _budget(self) -> Budget:
         size = (self.model.shapes.layers, self.model.shapes.kv_heads[0], self.job.strict_window)
@@ -294,9 +297,11 @@ class Measured:
         return Budget.of_ratio(Decimal(self.job.ratio), n, *size)
 
     def _decode(
-        self, cache: CompressedCache, tokens: Tensor, positions: Tensor, steps: int, meter: Meter, times: list[float]
-    ) -> Tensor:
-        """[R, steps]: greedy tokens; a step is over when its tokens are known. tokens, positions [R, 1]: the first."""
+        self, cache: CompressedCache, tokens: Tensor, positions: Tensor, steps: int, meter: Meter, times: list[float],
+        after: Callable[[], object],
+    ) -> Tensor:  # fmt: skip
+        """[R, steps]: greedy tokens; a step is over when its tokens are known. tokens, positions [R, 1]: the first.
+        after: called behind each step, in nobody's time."""
         found = []
         for _ in range(steps):
             started = time.perf_counter()
@@ -305,9 +310,15 @@ class Measured:
             meter.synchronise()
             times.append(time.perf_counter() - started)
             found.append(tokens)
+            after()
         return torch.cat(found, 1)
+
+    @property
+    def pair_bytes(self) -> int:
+        """16-bit bytes of one token's pairs in all layers."""
+        return sum(heads * width for heads, width in self.model.shapes.dims) * STORED_BYTES
 
     @property
     def full_bytes(self) -> int:
         """16-bit bytes of one prompt's full cache."""
-        return self.job.prompt_tokens * sum(heads * width for heads, width in self.model.shapes.dims) * STORED_BYTES
+        return self.job.prompt_tokens * self.pair_bytes

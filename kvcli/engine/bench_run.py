@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcli.engine.bench import Job, Plan
+from kvcli.engine.caches import STORAGE, storage_of
 from kvcli.errors import Exit, KvcliError
 from kvcli.methods import catalog
 from kvcli.results import store
@@ -34,8 +35,11 @@ FIELDS = {
     "revision": "commit of a hub model, else hash of config and weights",
     "method": "canonical text of the method",
     "settings": "all settings of the method, defaults included",
+    "method_kind": "evict | in-prefill | transform | composed | read",
     "ratio": "requested kept ratio; null for a method that takes none",
-    "measured_ratio": "bytes of the compressed prompt cache over bytes of the full 16-bit prompt cache",
+    "decode": "how generated tokens are compressed; null where they are all kept",
+    "storage": "what the decode cache does with its pairs: " + "; ".join(f"{k}: {v}" for k, v in STORAGE.items()),
+    "measured_ratio": "kv_bytes: kept over full",
     "flags": "what the method said of these prompts, as in samples.jsonl",
     "needs": "statistics captured in the prefill for this method",
     "first_token": "prefill: the dense prefill's logits give it",
@@ -57,8 +61,12 @@ FIELDS = {
     "tokens_per_second": "{median, min, max, all} of the decode steps after the first, all rows together",
     "memory": "{source, idle, prefill, compress, decode, limit}: bytes; peaks of the whole process or device, null "
     "where they cannot be read",
-    "kv_bytes": "{full, kept}: 16-bit bytes of one prompt's cache, mean over rows",
-    "alloc_bytes": "bytes of the decode cache per row, padding and room for new tokens included",
+    "kv_bytes": "{full, kept, end, read}: 16-bit bytes of one prompt's full cache, of what was kept of it (in the form "
+    "in which it is stored, tables and scales included), of that and all new tokens, and read per new token where the "
+    "method chooses what to read, else null; means over rows",
+    "alloc_bytes": "bytes of the decode cache per row at its end, padding and room for new tokens included",
+    "buffer_bytes": "those of them that are one layer written out for attention to read, where storage is stored; "
+    "else 0",
     "provenance": "versions, commit, hardware, cluster job",
 }
 """Fields of a line of bench.jsonl; docs/bench.md says how each is measured."""
@@ -201,11 +209,13 @@ def _run_job(
 
 def _asked(job: Job, number: int) -> dict[str, Any]:
     """What a line says of the command, whatever came of it."""
+    method = catalog.build(job.method)
     return {
         "schema": SCHEMA, "kind": "bench", "shared": False, "at": store.now(), "model": job.model,
-        "method": job.method, "settings": catalog.build(job.method).settings(),
-        "ratio": None if job.ratio is None else float(job.ratio), "flags": [],
-        "needs": sorted(catalog.build(job.method).needs()), "first_token": "prefill",
+        "method": job.method, "settings": method.settings(), "method_kind": method.kind,
+        "ratio": None if job.ratio is None else float(job.ratio), "decode": job.decode,
+        "storage": storage_of(method, job.decode), "flags": [], "needs": sorted(method.needs()),
+        "first_token": "prefill",
         "prompt_tokens": job.prompt_tokens, "new_tokens": job.new_tokens, "repeats": job.repeats, "round": number,
         "seed": job.seed, "strict_window": job.strict_window, "dtype": job.dtype, "device": job.device,
         "attn": job.attn,

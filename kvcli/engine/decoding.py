@@ -5,21 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from kvcli.cache.kv_cache import CompressedCache
-from kvcli.cache.reading import ReadingCache
-from kvcli.cache.stored import StoredCache
 from kvcli.engine.asking import Choice
+from kvcli.engine.caches import build_of, storage_of
 from kvcli.engine.choosing import choose_all
 from kvcli.engine.comparing import mode_of
 from kvcli.engine.fidelity import Distance
 from kvcli.engine.generate import Ask, AskOutOfMemory, Build, Generated, OutOfRoom, generate
 from kvcli.engine.memory import Room, is_out_of_memory
 from kvcli.engine.plan import Cell, DecodeBatch, PrefillBatch
-from kvcli.engine.pool import PoolCache
 from kvcli.engine.prefilling import Ready
 from kvcli.engine.prompts import PromptSet
 from kvcli.engine.records import ok_record, prompt_entry
@@ -90,11 +86,8 @@ class Decoding:
 
     def _build(self) -> Build:
         cell = self.decode.rows[0][1]
-        if cell.reading:
-            return partial(ReadingCache, self.runner.method(cell))  # type: ignore[arg-type]
-        if cell.decode is None:
-            return StoredCache if cell.transformed else CompressedCache
-        return partial(PoolCache, self.runner.method(cell), self.runner.model.shapes.heads)
+        method = self.runner.method(cell)
+        return build_of(storage_of(method, cell.decode), method, self.runner.model.shapes.heads)
 
     def failed(self, sample: int, cell: Cell, error: BaseException) -> None:
         self.runner.failed(self.prompts, self.batch.start + sample, cell, error, self.decode.id)

@@ -155,7 +155,7 @@ def estimate(
     recorded = _by_cell(done)
     for batch in plan.batches:
         prompts = prompt_sets[batch.prompts]
-        samples = range(batch.start, min(batch.end, limit or batch.end))
+        samples = range(batch.start, min(batch.end, prompts.within(limit)))
         mine = list(_parts([c for c in batch.cells if c.id in wanted], prompts, samples, recorded))
         if not mine:
             continue

@@ -20,7 +20,7 @@ from kvcli.engine.bench import MAX, Job, Target, target
 from kvcli.engine.bench_pass import Measured, Pass
 from kvcli.engine.memory import is_out_of_memory
 from kvcli.engine.meter import memory_of
-from kvcli.engine.needs import PASSES
+from kvcli.engine.needs import PASSES, require
 from kvcli.errors import KvcliError
 from kvcli.methods import catalog
 from kvcli.models import loader
@@ -132,15 +132,18 @@ def figures(measured: Measured, runs: Runs, limit: int | None) -> dict[str, Any]
     done = runs.timed
     by_name = [p.figures() for p in done]
     payload = statistics.mean(p.payload for p in done)
+    reads = [p.read for p in done if p.read is not None]
     full = measured.full_bytes
+    kv = {"full": full, "kept": round(payload), "end": round(statistics.mean(p.end for p in done)),
+          "read": round(statistics.mean(reads)) if reads else None}  # fmt: skip
     return {
         "status": "ok", "batch": done[0].batch, "flags": sorted(frozenset().union(*(p.flags for p in done))),
         "seconds": {name: summary([f[name] for f in by_name]) for name in by_name[0]},
         "tokens_per_second": summary([p.rate for p in done]),
         "cpu_share": round(statistics.median(p.cpu_share for p in done), 3),
         "memory": {"source": measured.memory.source, **_memory(runs.weighed), "limit": limit},
-        "kv_bytes": {"full": full, "kept": round(payload)}, "measured_ratio": round(payload / full, 6),
-        "alloc_bytes": done[0].alloc,
+        "kv_bytes": kv, "measured_ratio": round(payload / full, 6),
+        "alloc_bytes": done[0].alloc, "buffer_bytes": done[0].buffer,
     }  # fmt: skip
 
 
@@ -179,7 +182,8 @@ def facts(job: Job, on: Target) -> dict[str, Any]:
 def measure(job: Job, emit: Callable[[dict[str, Any]], None]) -> None:
     """Loads the job's model and measures each batch size. Emits {"progress": text} and {"record": fields}.
 
-    Raises KvcliError for a model or a device that cannot be used and for tokens that do not fit.
+    Raises KvcliError for a model or a device that cannot be used, for one that lacks what the method needs, and for
+    tokens that do not fit.
     """
 
     def say(text: str) -> None:
@@ -190,12 +194,14 @@ def measure(job: Job, emit: Callable[[dict[str, Any]], None]) -> None:
     _set_threads(job, on)
     hf = loader.load_weights(on.config, on.source, on.dtype, on.device, trust_remote_code=job.trust_remote_code)
     model = Model(hf, _tokenizer(job, on), name=job.model, attn=job.attn)
+    require(model, {job.method: catalog.build(job.method).needs()})
     memory = memory_of(model.device)
     measured = Measured(job, model, memory)
     known = facts(job, on)
     limit = job.memory or (job.spare if model.device.type == "cpu" else None)
     say("warm-up")  # what the very first pass allocates for good is no batch's fault
-    attempt(lambda: measured.once(1, PROBE_STEPS), memory.settle)
+    steps = job.new_tokens if measured.storage == "stored" else PROBE_STEPS  # a whole pass shows how far a form grows
+    attempt(lambda: measured.once(1, steps), memory.settle)
     for asked in job.batches:
         emit({"record": {**known, "batch_asked": asked, **_measured(measured, asked, limit, say)}})
 

@@ -10,22 +10,28 @@ from typing import Any
 from kvcli.cache.budget import Budget
 from kvcli.engine.memory import CHUNK
 from kvcli.methods.context import Context
-from kvcli.models.pruned_prefill import Pruned, pruned_prefill, pruned_prefills
+from kvcli.models.pruned_prefill import Asked, Pruned, pruned_prefill, pruned_prefills
 from kvcli.models.wrapper import Model
 
 MOST_BYTES = 512 << 20
-"""Keys and values that may wait; a row that has no room among them prefills alone."""
+"""Keys, values and figures that may wait; a row that has no room among them prefills alone."""
 
 
 @dataclass(frozen=True)
 class Own:
-    """What one row's prefill is: the row (sample in the prefill batch, cell), its method as text and built, and what it
-    may keep."""
+    """What one row's prefill is: the row (sample in the prefill batch, cell), its method as text and built, what it
+    may keep, and whether generated tokens will be compressed too."""
 
     row: tuple[int, str]
     text: str
     method: Any
     budget: Budget
+    decode: bool = False
+
+    @property
+    def run(self) -> tuple[str, Budget, bool]:
+        """Rows of one context with the same one share all of it."""
+        return self.text, self.budget, self.decode
 
 
 @dataclass
@@ -46,7 +52,9 @@ class OwnPrefills:
             except Exception:  # memory, or the fault of a method that may be another row's
                 self._alone.add(mine.row[0])
         done = self._waiting.pop(mine.row, None)
-        return pruned_prefill(self.model, ctx.token_ids, mine.method, mine.budget) if done is None else done
+        if done is None:
+            return pruned_prefill(self.model, ctx.token_ids, mine.method, mine.budget, mine.decode)
+        return done
 
     def clear(self) -> None:
         """Gives up what waits."""
@@ -55,24 +63,33 @@ class OwnPrefills:
 
     def _together(self, ctx: Context, asked: Iterable[Own]) -> None:
         """Prefills for as many of these rows as memory allows."""
-        runs: dict[tuple[str, Budget], tuple[Any, Budget]] = {}
+        runs: dict[tuple[str, Budget, bool], Asked] = {}
         rows: list[Own] = []
-        most = self._most(ctx)
+        room = MOST_BYTES - self._held()
         for own in asked:
             if own.row in self._waiting:
                 continue
-            if (own.text, own.budget) not in runs and len(runs) >= most:
-                break
-            runs[own.text, own.budget] = (own.method, own.budget)
+            if own.run not in runs:
+                room -= _bytes(ctx, own)
+                if room < 0 or len(runs) >= CHUNK // ctx.n:
+                    break
+                runs[own.run] = Asked(own.method, own.budget, own.decode)
             rows.append(own)
         if len(rows) > 1:
             done = dict(zip(runs, pruned_prefills(self.model, ctx.token_ids, list(runs.values())), strict=True))
-            self._waiting.update((own.row, done[own.text, own.budget]) for own in rows)
+            self._waiting.update((own.row, done[own.run]) for own in rows)
 
-    def _most(self, ctx: Context) -> int:
-        """How many prefills of this context run in one pass: their tokens stay within a chunk, what waits within
-        MOST_BYTES."""
-        whole = sum(x.nbytes for x in (*ctx.keys, *ctx.values))
+    def _held(self) -> int:
+        """Bytes of what waits."""
         held = {id(done): done for done in self._waiting.values()}.values()
-        waiting = sum(x.nbytes for done in held for x in (*done.keys, *done.values))
-        return min(CHUNK // ctx.n, (MOST_BYTES - waiting) // whole)
+        figures = [x for done in held for layer in done.state for x in layer.values()]
+        return sum(x.nbytes for x in (*figures, *(y for done in held for y in (*done.keys, *done.values))))
+
+
+def _bytes(ctx: Context, own: Own) -> int:
+    """What a prefill adds at most to what waits: pairs, and to go on with them a figure per pair and voting query."""
+    pairs = sum(x.nbytes for x in (*ctx.keys, *ctx.values))
+    if not own.decode:
+        return pairs
+    voters = len(own.method.prefill_start(own.budget).weights)
+    return pairs + len(ctx.keys) * ctx.n * voters * max(4, ctx.keys[0].element_size())

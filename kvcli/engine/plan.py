@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import product
@@ -328,12 +328,14 @@ def decode_settings(config: SweepConfig, method: Method, ratio: str | None) -> l
 
 
 def make_plan(
-    cells: Sequence[Cell], generations: Sequence[Generation], available: dict[PromptKey, int], prefill_rows: int
-) -> Plan:
+    cells: Sequence[Cell], generations: Sequence[Generation], available: dict[PromptKey, int], prefill_rows: int,
+    within: Callable[[PromptKey, int], int] | None = None,
+) -> Plan:  # fmt: skip
     """Prefill batches per generation: what each added to those before it; those of one kind of weights together.
 
-    available: samples each prompt set has. Batches depend on the generations alone, not on what is already recorded,
-    so a resumed run forms the same ones.
+    available: samples each prompt set has. within: how many of them are among the first so many of the task's order,
+    where some of those were left out; None: none was. Batches depend on the generations alone, not on what is already
+    recorded, so a resumed run forms the same ones.
     """
     by_id = {cell.id: cell for cell in cells}
     covered: dict[str, int] = {}
@@ -342,6 +344,8 @@ def make_plan(
         asked = [by_id[i] for i in generation.cells if i in by_id]
         for weights, prompt_key in dict.fromkeys((cell.weights, cell.prompt_key) for cell in asked):
             count = min(available[prompt_key], generation.limit or available[prompt_key])
+            if within is not None and generation.limit:
+                count = within(prompt_key, generation.limit)
             mine = (c for c in asked if (c.weights, c.prompt_key) == (weights, prompt_key))
             group = [c for c in mine if covered.get(c.id, 0) < count]
             batches += _batches(number, prompt_key, weights, group, covered, count, prefill_rows)

@@ -32,7 +32,7 @@ class Cap:
 
     prompt: pairs of the prompt per KV head as an exact number (r_p n, or the --budget); ratio r_d or size N: what is
     kept of the generated tokens; fixed: the pool does not grow. least: never fewer generated ones (`separate`).
-    own: the method's rule alone decides.
+    own: the method's rule alone decides. strict: what is protected stays whole, `whole` pairs at least.
     """
 
     separate: bool
@@ -42,6 +42,8 @@ class Cap:
     fixed: bool = False
     least: int = 1
     own: bool = False
+    strict: bool = False
+    whole: int = 0
 
     @classmethod
     def of(cls, decode: dict[str, Any], budget: Budget, method: Method) -> Cap:
@@ -50,12 +52,16 @@ class Cap:
         ratio = Decimal(decode["ratio"]) if "ratio" in decode else None
         separate = method.decoding == "separate"
         fixed, own = decode.get("cap") == "fixed", method.decoding == "own"
-        return cls(separate, prompt, ratio, decode.get("budget"), fixed, method.decode_least(), own)
+        strict = budget.strict_window
+        kept = method.decode_whole() if strict else 0
+        return cls(separate, prompt, ratio, decode.get("budget"), fixed, method.decode_least(), own, strict, kept)
 
     def at(self, t: int) -> int:
         """Of the whole pool (unified) or of the generated tokens (separate)."""
-        if self.own:
-            return NO_CAP
+        return NO_CAP if self.own else max(self.whole, self.asked(t))
+
+    def asked(self, t: int) -> int:
+        """The same by the settings alone."""
         if self.separate:
             size = self.size if self.size is not None else round_half_up((self.ratio or Decimal(0)) * t)
             return max(self.least, size)
@@ -76,7 +82,7 @@ class PoolRow(Row):
     """A row that evicts while it generates. n: prompt tokens; state: per layer what `decode_start` gave; interval:
     tokens between two evictions; true: positions of the kept pairs in the prompt, where `kept` counts other ones;
     facts: per layer figures [H_kv] of whole heads; beyond: per layer [H_kv], how many pairs more than `cap` the pool of
-    each head may hold."""
+    each head may hold; places: where `state` has the figures of the kept pairs, if not at their positions."""
 
     n: int = 0
     cap: Cap | None = None
@@ -85,6 +91,7 @@ class PoolRow(Row):
     true: Kept | None = None
     facts: Sequence[State] = field(default_factory=tuple)
     beyond: Sequence[Tensor] = field(default_factory=tuple)
+    places: Kept | None = None
 
     def most(self, layer: int, room: int) -> int:
         assert self.cap is not None
@@ -118,12 +125,21 @@ class PoolCache(CompressedCache):
         if positions.shape[1] != 1:
             raise ValueError("a cache that evicts while generating takes one token at a time")
         self.layers[0].slots.clock.tick(positions)
+        self._texts: list[str] | None = None
+
+    def texts(self) -> list[str]:
+        """Of the tokens that are fed now, row by row."""
+        if self._texts is None:
+            assert self.newest_texts is not None
+            self._texts = self.newest_texts()
+        return self._texts
 
     def settle(self, layer: int, attention: Tensor | None) -> None:
         pool: Pool = self.layers[layer].slots
         view = pool.view(layer, self.heads, attention)
         used = view.position.shape[2]
         view.keys, view.values = self.layers[layer]._keys[:, :, :used], self.layers[layer]._values[:, :, :used]
+        view.texts = self.texts
         self.method.decode_update(view)
         if pool.clock.anything_due:
             gone = self._leaving(view, pool.clock.due)
@@ -170,8 +186,8 @@ class Clock:
     n, newest, due [R, 1]; caps [R, T + 1].
     """
 
-    def __init__(self, n: Tensor, interval: Tensor, caps: Tensor) -> None:
-        self.n, self.interval, self.caps = n, interval, caps
+    def __init__(self, n: Tensor, interval: Tensor, caps: Tensor, strict: bool = False) -> None:
+        self.n, self.interval, self.caps, self.strict = n, interval, caps, strict
         self.newest = self.t = torch.zeros_like(n)
         self.alive = torch.ones_like(n, dtype=torch.bool)
         self.due, self.anything_due = self.alive, False
@@ -185,7 +201,7 @@ class Clock:
         table = torch.tensor([c + c[-1:] * (long - len(c)) for c in caps], device=device)
         n, interval = (torch.tensor([[x] for x in xs], device=device) for xs in zip(
             *((row.n, row.interval) for row in rows), strict=True))  # fmt: skip
-        return cls(n, interval, table)
+        return cls(n, interval, table, any(row.cap.strict for row in rows if row.cap is not None))
 
     def tick(self, positions: Tensor) -> None:
         """positions [R, 1]: of the tokens that are fed now."""
@@ -211,7 +227,7 @@ class Clock:
             parts.append((entering.n, entering.interval, entering.caps))
         long = max(caps.shape[1] for _, _, caps in parts)
         wide = [torch.cat([c, c[:, -1:].expand(-1, long - c.shape[1])], 1) for _, _, c in parts]
-        return Clock(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), torch.cat(wide))
+        return Clock(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), torch.cat(wide), self.strict)
 
 
 class Pool:
@@ -236,15 +252,20 @@ class Pool:
         state: State = {}
         last: State = {}
         for name, first in rows[0].state[layer].items():
-            state[name] = first.new_zeros(len(rows), first.shape[0], max(most), *first.shape[2:])
-            last[name] = torch.stack([row.state[layer][name][:, -1] for row in rows])
+            given = [row.state[layer][name] for row in rows]
+            wide = _widest([x.shape[2:] for x in given])
+            state[name] = first.new_zeros(len(rows), first.shape[0], max(most), *wide)
+            last[name] = torch.stack([_sized(x[:, -1], (x.shape[0], *wide)) for x in given])
         for r, row in enumerate(rows):
             true = row.kept if row.true is None else row.true
-            for head, kept in enumerate(head_positions(true[layer], heads)):
+            places = true if row.places is None else row.places
+            pairs = zip(head_positions(true[layer], heads), head_positions(places[layer], heads), strict=True)
+            for head, (kept, at) in enumerate(pairs):
                 position[r, head, : len(kept)] = kept.to(device)
                 for name, target in state.items():
                     for x in _heads_of(head, heads, target.shape[1]):
-                        target[r, x, : len(kept)] = row.state[layer][name][x, kept.to(device)]
+                        figures = row.state[layer][name][x, at.to(device)]
+                        target[r, x][tuple(map(slice, figures.shape))] = figures
         separate = rows[0].cap is not None and rows[0].cap.separate
         names = rows[0].facts[layer] if len(rows[0].facts) else {}
         facts = {name: torch.stack([row.facts[layer][name].to(device) for row in rows]) for name in names}
@@ -285,7 +306,7 @@ class Pool:
         return Generating(
             layer, heads, position, competing, attention, clock.n[:, :, None], clock.newest[:, :, None],
             cap[:, :, None], (clock.t > 0)[:, :, None], {k: v[:, :, :used] for k, v in self.state.items()},
-            facts=self.facts,
+            facts=self.facts, strict=clock.strict,
         )  # fmt: skip
 
     def free(self, gone: Tensor) -> None:
@@ -321,9 +342,13 @@ class Pool:
             if beyond is not None and entering.beyond is not None:
                 beyond = torch.cat([beyond, entering.beyond])
         slots = max(most)
-        position = torch.cat([_resized(p, slots, -1) for p, _, _ in pools])
-        state = {k: torch.cat([_resized(s[k], slots, 0) for _, s, _ in pools]) for k in self.state}
-        last = {k: torch.cat([x[k] for _, _, x in pools]) for k in self.last}
+        position = torch.cat([_sized(p, (*p.shape[:2], slots), -1) for p, _, _ in pools])
+        state: State = {}
+        last: State = {}
+        for k in self.state:
+            wide = _widest([s[k].shape[3:] for _, s, _ in pools])
+            state[k] = torch.cat([_sized(s[k], (*s[k].shape[:2], slots, *wide)) for _, s, _ in pools])
+            last[k] = torch.cat([_sized(x[k], (*x[k].shape[:2], *wide)) for _, _, x in pools])
         return Pool(clock, self.separate, position, state, last, facts, beyond, longest, most)
 
 
@@ -339,9 +364,16 @@ def _spread(x: Tensor, figures: int) -> Tensor:
     return x.repeat_interleave(figures // kv_heads, 1) if figures >= kv_heads else x[:, :figures]
 
 
-def _resized(x: Tensor, slots: int, fill: int) -> Tensor:
-    """[R, X, S, ...] -> [R, X, slots, ...]; what is cut off is empty."""
-    if x.shape[2] >= slots:
-        return x[:, :, :slots]
-    more = x.new_full((*x.shape[:2], slots - x.shape[2], *x.shape[3:]), fill)
-    return torch.cat([x, more], 2)
+def _widest(shapes: Sequence[Sequence[int]]) -> list[int]:
+    """The largest of each dimension."""
+    return [max(sizes) for sizes in zip(*shapes, strict=True)]
+
+
+def _sized(x: Tensor, shape: Sequence[int], fill: int = 0) -> Tensor:
+    """x cut or filled up at the end of each dimension; what is cut off is empty."""
+    common = x[tuple(map(slice, shape))]
+    if common.shape == torch.Size(shape):
+        return common
+    out = x.new_full(tuple(shape), fill)
+    out[tuple(map(slice, common.shape))] = common
+    return out

@@ -73,7 +73,11 @@ class Prepared:
 
     def plan(self, generations: Sequence[Generation], prefill_rows: int) -> Plan:
         available = {key: len(s.samples) for key, s in self.prompt_sets.items()}
-        return make_plan(self.cells, generations, available, prefill_rows)
+        return make_plan(self.cells, generations, available, prefill_rows, self.within)
+
+    def within(self, key: PromptKey, limit: int | None) -> int:
+        """Samples of a prompt set among the first `limit` of its task's order."""
+        return self.prompt_sets[key].within(limit)
 
 
 def check(config: SweepConfig) -> Request:
@@ -332,7 +336,7 @@ def prepare(request: Request, limit: int | None, say: Callable[[str], None] = la
             if same is None:
                 say(f"reading {task.name}, {key.shots} shots")
                 same = maker.prompts(task, key, limit)
-                warnings += filter(None, [_strange_words(task, same.prompts, tokenizer), *said_of(same)])
+                warnings += filter(None, [_strange_words(task, same.prompts, tokenizer), *said_of(same, config.limit)])
                 said = task.remarks(shots=key.shots, data_dir=config.data_dir)
                 warnings += [text for text in said if text not in warnings]
             try:

@@ -135,6 +135,16 @@ def probes_of(
     return probes, len(samples)
 
 
+def needles_of(task: Task, model: Model, limit: int, **how: Any) -> tuple[list[Probe], int]:
+    """As `probes_of`; raises KvcliError where there are none."""
+    probes, read = probes_of(task, model, limit, **how)
+    if not probes:
+        what = f"no prompt of {task.name} holds its answer exactly once outside of the question"
+        fix = "--task with a passage and an answer that is quoted from it"
+        raise KvcliError(what, given=f"--task {task.name} --limit {limit}", fix=fix)
+    return probes, read
+
+
 def needle_of(prompt: Prompt, target: str) -> Span | None:
     """The tokens of `target` where it stands once in the whole text, as words of its own, outside of the question."""
     found = list(re.finditer(rf"(?<!\w){re.escape(target)}(?!\w)", prompt.text))
@@ -208,11 +218,7 @@ def profile(
 ) -> HeadProfile:
     """The model's head profile. wrong_too: samples that it answers wrong count as well. Raises KvcliError for a task
     that shows nothing."""
-    probes, asked = probes_of(task, model, limit, seed=seed, template=template, data_dir=data_dir)
-    if not probes:
-        what = f"no prompt of {task.name} holds its answer exactly once outside of the question"
-        fix = "--task with a passage and an answer that is quoted from it"
-        raise KvcliError(what, given=f"--task {task.name} --limit {limit}", fix=fix)
+    probes, asked = needles_of(task, model, limit, seed=seed, template=template, data_dir=data_dir)
     total, counted, right = torch.zeros(model.shapes.layers, model.shapes.heads, dtype=torch.double), 0, 0
     for done, probe in enumerate(probes):
         tell(done, len(probes))
@@ -230,7 +236,7 @@ def profile(
         "score": "attention to the answer's tokens in the prompt while it is given",
         "task": task.name, "task_version": task.version, "shots": task.usual_shots, "shot_seed": seed,
         "prompt_tokens": getattr(task, "prompt_tokens", None), "limit": asked, "with_needle": len(probes),
-        "right": right, "wrong_too": wrong_too,
+        "right": right, "wrong_too": wrong_too, "dtype": str(model.dtype).removeprefix("torch."),
     }  # fmt: skip
     return HeadProfile(_rounded(total / counted), "query", identity, counted, how)
 
@@ -253,8 +259,19 @@ class Settings:
     data_dir: str | None = None
 
 
-def measure(source: ModelSource, asked: Settings, tell: Callable[[int, int], None] = lambda a, b: None) -> HeadProfile:
-    """Loads the model and profiles it. Raises KvcliError for everything the user can mend."""
+@dataclass(frozen=True)
+class Ready:
+    """What is settled before the weights are read."""
+
+    config: Any
+    tokenizer: Any
+    task: Task
+    device: str
+    dtype: str
+
+
+def prepared(source: ModelSource, asked: Settings) -> Ready:
+    """Raises KvcliError for everything the user can mend."""
     trust = asked.trust_remote_code
     config = loader.load_config(source, trust_remote_code=trust)
     tokenizer = loader.load_tokenizer(source, asked.tokenizer, trust_remote_code=trust)
@@ -264,15 +281,43 @@ def measure(source: ModelSource, asked: Settings, tell: Callable[[int, int], Non
     device = loader.pick_device(asked.device)
     dtype = loader.pick_dtype(asked.dtype, device, config)
     loader.check_attention(asked.attn, device, dtype)
-    hf = loader.load_weights(config, source, dtype, device, trust_remote_code=trust)
-    model = Model(hf, tokenizer, name=source.text, attn=asked.attn)
+    return Ready(config, tokenizer, task, device, dtype)
+
+
+def described(asked: Settings, ready: Ready) -> dict[str, Any]:
+    """What the file will say of how it was made, as far as it is known before the model runs."""
+    task = ready.task
+    samples = task.samples(shots=task.usual_shots, shot_seed=SEED, limit=asked.limit, data_dir=asked.data_dir)
+    return {
+        "task": task.name, "task_version": task.version, "shots": task.usual_shots, "shot_seed": SEED,
+        "prompt_tokens": getattr(task, "prompt_tokens", None), "limit": len(samples), "dtype": ready.dtype,
+    }  # fmt: skip
+
+
+def loaded(source: ModelSource, asked: Settings, ready: Ready) -> Model:
+    """The model on its device, with as many threads as suit it."""
+    hf = loader.load_weights(
+        ready.config, source, ready.dtype, ready.device, trust_remote_code=asked.trust_remote_code
+    )  # fmt: skip
+    model = Model(hf, ready.tokenizer, name=source.text, attn=asked.attn)
     if asked.threads:
         torch.set_num_threads(asked.threads)
     elif "OMP_NUM_THREADS" not in os.environ and model.shapes.parameters < SMALL:
         torch.set_num_threads(1)
+    return model
+
+
+def measure(
+    source: ModelSource,
+    asked: Settings,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+    ready: Ready | None = None,
+) -> HeadProfile:
+    """Loads the model and profiles it. Raises KvcliError for everything the user can mend."""
+    ready = ready or prepared(source, asked)
     return profile(
-        model, task, asked.limit, identity=fingerprint(source), template=asked.template, data_dir=asked.data_dir,
-        wrong_too=asked.wrong_too, tell=tell,
+        loaded(source, asked, ready), ready.task, asked.limit, identity=fingerprint(source), template=asked.template,
+        data_dir=asked.data_dir, wrong_too=asked.wrong_too, tell=tell,
     )  # fmt: skip
 
 

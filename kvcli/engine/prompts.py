@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,8 +37,18 @@ class PromptSet:
     samples: list[Sample]
     prompts: list[Prompt]
     contexts: list[Prompt] = field(default_factory=list)
-    too_long: int = 0
-    """Samples left out because of --max-prompt-tokens."""
+    left_out: list[int] = field(default_factory=list)
+    """Places in the task's order, ascending from 0, of samples left out because of --max-prompt-tokens."""
+
+    @property
+    def too_long(self) -> int:
+        return len(self.left_out)
+
+    def within(self, limit: int | None) -> int:
+        """How many of the samples are among the first `limit` of the task's order, where those left out count too."""
+        if limit is None:
+            return len(self.samples)
+        return min(len(self.samples), limit - bisect_left(self.left_out, limit))
 
     @property
     def parts(self) -> Sequence[Prompt]:
@@ -90,7 +101,7 @@ class PromptSet:
                 )
             parts.append(cut.setdefault(context.sha, context))
         return PromptSet(
-            self.task, self.key._replace(query="agnostic"), self.samples, self.prompts, parts, self.too_long
+            self.task, self.key._replace(query="agnostic"), self.samples, self.prompts, parts, self.left_out
         )
 
 
@@ -140,12 +151,12 @@ class PromptMaker:
             data_dir=self.config.data_dir, tokens=self._tokens,
         )  # fmt: skip
         found = PromptSet(task, key._replace(query="aware"), [], [])
-        for sample in samples:
+        for place, sample in enumerate(samples):
             try:
                 prompt = self._build(task, sample)
             except TooLong as error:
                 self._refused.append(error)
-                found.too_long += 1
+                found.left_out.append(place)
                 continue
             if prompt.text.rstrip().endswith(THOUGHTS):
                 sample = dataclasses.replace(sample, meta={**sample.meta, "thinking": True})
@@ -163,22 +174,39 @@ class PromptMaker:
         return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _build(self, task: Task, sample: Sample) -> Prompt:
-        from kvcli.models.prompt import build_prompt
+        from kvcli.models.aliases import TESTBEDS
+        from kvcli.models.prompt import TooLong, build_prompt
 
         config = self.config
-        return build_prompt(
+        try:
+            return self._built(build_prompt, task, sample)
+        except TooLong:
+            raise
+        except KvcliError as error:
+            made_for = [name for name, (_, suite) in TESTBEDS.items() if suite in task.suites]
+            mine = TESTBEDS.get(config.model)
+            if mine and made_for and config.model not in made_for and mine[1] not in task.suites:
+                error.given = f"--model {config.model} --task {task.base}"
+                error.fix = f"--model {made_for[-1]}, or --task {mine[1]} for the tasks of {config.model}"
+            raise
+
+    def _built(self, build_prompt: Any, task: Task, sample: Sample) -> Prompt:
+        config = self.config
+        found: Prompt = build_prompt(
             sample, self.tokenizer, template=config.template, chat_allowed=task.chat, system=config.system,
             thinking=config.thinking, max_prompt_tokens=config.max_prompt_tokens, context_limit=self.context,
             truncate=config.truncate, max_new_tokens=config.max_new_tokens or task.max_new_tokens, task=task.name,
         )  # fmt: skip
+        return found
 
 
-def said_of(prompts: PromptSet) -> list[str]:
-    """Warnings about samples that were left out or cut."""
-    found, name, whole = [], prompts.task.name, len(prompts.samples) + prompts.too_long
-    if prompts.too_long:
-        found.append(f"{name}: {prompts.too_long} of {whole} prompts left out, longer than --max-prompt-tokens")
-    cut = [p.truncated for p in prompts.prompts if p.truncated]
+def said_of(prompts: PromptSet, limit: int | None = None) -> list[str]:
+    """Warnings about samples that were left out or cut. limit: of the command's first samples alone."""
+    found, name, there = [], prompts.task.name, prompts.within(limit)
+    whole = min(len(prompts.samples) + prompts.too_long, limit or len(prompts.samples) + prompts.too_long)
+    if whole > there:
+        found.append(f"{name}: {whole - there} of {whole} prompts left out, longer than --max-prompt-tokens")
+    cut = [p.truncated for p in prompts.prompts[:there] if p.truncated]
     if cut:
         found.append(f"{name}: {len(cut)} of {whole} prompts truncated, by up to {max(cut):,} tokens")
     return found

@@ -72,7 +72,7 @@ class Runner:
     wanted: set[str] | None = None
     """Cells this command asked for (None: all). A batch runs when one of their rows is missing, and then as a whole."""
     limit: int | None = None
-    """Samples per task this command asked for (None: all the plan has)."""
+    """The first so many samples of each task's order are asked for (None: all the plan has)."""
     full_outputs: dict[Key, list[int]] = field(default_factory=dict)
     """output_ids of `full` by (first-token mode and sample): what other rows are compared with."""
     enter: Callable[[str], Model] | None = None
@@ -141,7 +141,8 @@ class Runner:
 
     def asked(self, cell: Cell, index: int) -> bool:
         """Whether this command wants a record of the cell for the task's sample of this index."""
-        return (self.wanted is None or cell.id in self.wanted) and (self.limit is None or index < self.limit)
+        mine = self.wanted is None or cell.id in self.wanted
+        return mine and (self.limit is None or index < self.prompt_sets[cell.prompt_key].within(self.limit))
 
     def _open(self, prompts: PromptSet, batch: PrefillBatch, rows: Iterable[tuple[int, Cell]]) -> int:
         """How many of these rows are asked for and have no record yet."""

@@ -208,12 +208,15 @@ def task_facts(prepared: Prepared, old: dict[str, Any]) -> dict[str, Any]:
         which = prompts_name(*key[1:4])
         data = {**tasks.get(name, {}).get("data", {}), which: prompts.prompts[0].sha if prompts.prompts else ""}
         judge = {k: v for k, v in tasks.get(name, {}).items() if k == "judge"}
-        left_out = {**(tasks.get(name, {}).get("too_long") or {}), which: prompts.too_long}
+        before = tasks.get(name, {})
+        too_long = {**(before.get("too_long") or {}), which: prompts.too_long}
+        left_out = {**(before.get("left_out") or {}), which: prompts.left_out}
         tasks[name] = {
             **judge, "ability": task.ability, "metric": task.metric, "version": task.version, "chance": task.chance,
             "harmful": task.harmful, "reference": task.published, "suites": list(task.suites),
             "conditions": list(task.conditions),
-            "source": task.source, "samples": len(prompts.samples), "too_long": left_out, "data": data,
+            "source": task.source, "samples": len(prompts.samples), "too_long": too_long, "left_out": left_out,
+            "data": data,
         }  # fmt: skip
     return tasks
 

@@ -12,9 +12,9 @@ from kvcli.errors import KvcliError, unknown
 from kvcli.evals import packages
 from kvcli.evals.definition import make_task, read_definition
 from kvcli.evals.folder import definitions_folder
-from kvcli.evals.settings import settings_text, with_settings
+from kvcli.evals.settings import settings_of, settings_text, with_settings
 from kvcli.evals.spec import Task
-from kvcli.grammar import LM_EVAL, parse_tasks
+from kvcli.grammar import LM_EVAL, NotASetting, Part, parse_tasks
 
 LISTING = "kvcli list tasks"
 
@@ -28,7 +28,7 @@ def find_tasks(texts: Sequence[str]) -> list[Task]:
     tasks: dict[str, Task] = {}
     for text in texts:
         given = f"--task {text}"
-        for part in parse_tasks([text]):
+        for part in _parts(text):
             for found in _find(part.source, given):
                 task = with_settings(found, part.settings, given)
                 other = tasks.setdefault(task.name, task)
@@ -38,6 +38,24 @@ def find_tasks(texts: Sequence[str]) -> list[Task]:
                     fix = f"--task {task.name} --shots {other.usual_shots},{task.usual_shots}"
                     raise KvcliError(f"two numbers of shots for {task.name}", given=given, fix=fix)
     return list(tasks.values())
+
+
+def _parts(text: str) -> list[Part]:
+    """Raises KvcliError with the likely spelling where a value stands without its key."""
+    try:
+        return parse_tasks([text])
+    except NotASetting as fault:
+        close = f"{fault.source}_{fault.text}".replace("-", "_")
+        fix = fault.fix
+        if fault.source and close in task_names():
+            fix = f"--task {close}"
+        elif fault.source in task_names() and not fault.text.isdecimal():
+            settings = settings_of(load_task(fault.source))
+            if settings.get("dataset_name") and fault.text.isidentifier():
+                fix = (
+                    f"{fault.source}:dataset_name={fault.text} for that part of the data set; {fix.partition('; ')[2]}"
+                )
+        raise KvcliError(fault.what, given=fault.given, fix=fix) from None
 
 
 def own_names() -> list[str]:

@@ -52,7 +52,7 @@ class Ruler(Task):
 
     def example(self, data_dir: str | None, rng: random.Random, tokens: Tokens) -> str:
         """A worked example. Raises KvcliError for tasks that have none."""
-        raise KvcliError(f"{self.base} has no exemplars", given="--shots", fix="--shots 0")
+        raise KvcliError(f"{self.base} has no exemplars", given=f"--task {self.base} with --shots", fix="--shots 0")
 
     def samples(
         self,

@@ -15,6 +15,11 @@ def profile_need(path: str) -> str:
     return f"head_profile:{path}" if path else "head_profile"
 
 
+def gates_need(sinks: int, recent: int) -> str:
+    """The name under which the gates are asked for that kvcli trained for this window."""
+    return f"head_profile:@gates:{sinks},{recent}"
+
+
 def kv_scores(profile: Any, ctx: Context, reduce: str) -> list[list[float]]:
     """[L][H_kv]: the mean or maximum over each KV head's query heads, where the profile has a number for each.
 

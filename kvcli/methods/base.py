@@ -49,6 +49,8 @@ class Domain:
     kind: str = "continuous"
     low: float = 0.0
     points: tuple[float, ...] = ()
+    floor: str = ""
+    """In words, where `low` depends on the prompt's length: what is kept at any smaller ratio, flagged."""
 
 
 @dataclass
@@ -106,6 +108,11 @@ class Method(ABC):
     def select(self, ctx: Context, budget: Budget) -> Selection:
         """Kept positions of one prompt under `budget`; must not modify ctx."""
 
+    def prefill_window(self) -> tuple[int, int] | None:
+        """(sinks, recent): the KV heads that `Selection.facts` calls `streams` read the prompt, too, through this
+        window, in a prefill of its own (`kind` is `in-prefill`); None: the selection is made behind the prefill."""
+        return None
+
     def decodes(self) -> bool:
         """Whether it compresses generated tokens with these settings."""
         return bool(self.decoding)
@@ -113,6 +120,11 @@ class Method(ABC):
     def decode_least(self) -> int:
         """Generated tokens it never goes below where they have a cap of their own (`separate`)."""
         return 1
+
+    def decode_whole(self) -> int:
+        """Pairs that --strict-window never lets go while generating: the paper's protected ones, the newest among
+        them. 0: none has a size of its own."""
+        return 0
 
     def decode_start(self, ctx: Context, layer: int) -> dict[str, Tensor]:
         """Its figures for the prompt's keys as generation begins: name -> [X, n, ...], X any number of heads."""
@@ -129,6 +141,11 @@ class Method(ABC):
     def decode_leaves(self, view: Generating) -> Tensor:
         """[R, H_kv, S] bool: the pairs that leave now, of a method whose `decoding` is `own`. The newest must stay."""
         raise NotImplementedError(f"{type(self).__name__} has no rule of its own for generated tokens")
+
+    def layers_alike(self) -> int:
+        """How many neighbouring layers, counted from the first, keep the same tokens with these settings: 1 where each
+        chooses for itself, 0 for all."""
+        return 1
 
     def settings(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in setting_fields(type(self))}

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from kvcli.errors import KvcliError, unknown
-from kvcli.grammar import MethodText, Part, parse_methods
+from kvcli.grammar import MethodText, NotASetting, Part, parse_methods, parse_ratios, ratio_text
 from kvcli.kvpress.presses import PREFIX, VERSION
 from kvcli.methods._kvpress import Kvpress, build_press
 from kvcli.methods._ranked import RankedMethod
@@ -154,7 +155,7 @@ def code_hash(method: MethodText) -> str | None:
 def expand(texts: Iterable[str]) -> list[MethodText]:
     """Parsed --method options with the groups `all` and `tierN` written out, settings checked, in canonical form."""
     out: list[MethodText] = []
-    for method in parse_methods(texts):
+    for method in _parsed(texts):
         for one in _group(method):
             text = canonical(one)
             if isinstance(build(text), Merge):
@@ -163,6 +164,65 @@ def expand(texts: Iterable[str]) -> list[MethodText]:
             if text not in out:
                 out.append(text)
     return out
+
+
+def _parsed(texts: Iterable[str]) -> list[MethodText]:
+    try:
+        return parse_methods(texts)
+    except NotASetting as fault:
+        raise _meant(fault) from None
+
+
+def _meant(fault: NotASetting) -> KvcliError:
+    """The same error with the spelling that was probably meant: `snapkv:0.3` is a ratio, `quant:int4` a dtype."""
+    name, _, value = fault.text.partition("=")
+    source, text = (fault.source, fault.text) if fault.source else (name.strip(), value.strip())
+    plain = source.replace("-", "_")
+    if plain not in names():  # a group, a press, a file of the user's
+        if fault.source and not re.search(r"\W|^all$|^tier", plain):
+            find(plain)
+        return fault
+    typed = f"{source}:{text}" if fault.source else fault.text
+    cls = find(plain)
+    ratio, setting = _ratio(text), _likely(cls, text)
+    if ratio and cls.domain.kind == "continuous":
+        fix = fault.given.replace(typed, source, 1) + f" --ratio {ratio}"
+    else:
+        fix = fault.given.replace(typed, f"{source}:{setting}" if setting and not ratio else source, 1)
+        fix += ", it takes no ratio" if ratio else ""
+        fix += f" (settings of {source}: {', '.join(f.name for f in setting_fields(cls)) or 'none'})"
+    return KvcliError(f"'{text}' is not a setting of {source}", given=fault.given, fix=fix)
+
+
+def _ratio(text: str) -> str | None:
+    """The kept ratio that a text such as 0.3 or 30% stands for."""
+    share = text.removesuffix("%")
+    try:
+        ratio = parse_ratios([share if share == text else f"{share}e-2"])[0]
+    except KvcliError:
+        return None
+    return ratio_text(ratio) if ratio < 1 else None
+
+
+def _likely(cls: type[Method], text: str) -> str:
+    """KEY=VALUE that a value without its key, or with another sign between them, stands for; else a setting's default;
+    empty for a method without settings."""
+    fields = setting_fields(cls)
+    key, _, value = (part.strip() for part in re.sub(r"[\s:]+", "=", text.strip(), count=1).partition("="))
+    for field in fields:
+        if field.name == key:
+            return f"{key}={value or _text(field.default)}"
+    for field in fields:
+        choice = next((str(c) for c in field.metadata.get("choices") or () if str(c).endswith(text)), None)
+        if choice:
+            return f"{field.name}={choice}"
+        if issubclass(cls, Wrapper) and field.name == "base" and text in _bases():
+            return f"base={text}"
+    if text.isdecimal():
+        whole = next((f.name for f in fields if type(f.default) is int and not f.metadata.get("choices")), None)
+        if whole:
+            return f"{whole}={text}"
+    return f"{fields[0].name}={_text(fields[0].default)}" if fields else ""
 
 
 def _group(method: MethodText) -> list[MethodText]:
@@ -186,7 +246,7 @@ def build(text: str | MethodText) -> Method:
 
     Raises KvcliError for unknown settings, values outside their range and parts that do not go together.
     """
-    method = parse_methods([text])[0] if isinstance(text, str) else text
+    method = _parsed([text])[0] if isinstance(text, str) else text
     parts = [_build(part) for part in method.parts]
     return parts[0] if len(parts) == 1 else Composed.of(parts, str(method))
 
@@ -239,9 +299,13 @@ def _values(cls: type[Method], part: Part) -> dict[str, Any]:
             if not fields:
                 raise KvcliError(f"{part.source} has no settings", given=given, fix=f"--method {part.source}")
             if issubclass(cls, Wrapper) and any(f.name == key for f in setting_fields(find(_base_of(cls, part)))):
-                fix = f"base.{key}={value}"
+                fix = f"{part.source}:base.{key}={value}"
                 raise KvcliError(f"'{key}' is a setting of its base, not of {part.source}", given=given, fix=fix)
             raise unknown(f"setting of {part.source}", key, fields, given=given, listing="kvcli list methods --json")
+        joined = re.match(r"([^:]*):(\w+)=", value)
+        if joined and joined[2] in fields:
+            fix = f"{part.source}:{key}={value.replace(':', ',', 1)}"
+            raise KvcliError("settings are joined by commas", given=f"--method {part}", fix=fix)
         values[key] = _value(fields[key], value, part)
     return values
 
@@ -269,6 +333,7 @@ def _text(value: Any) -> str:
 
 def _value(field: dataclasses.Field[Any], text: str, part: Part) -> Any:
     given = f"--method {part}"
+    usual = f"{part.source}:{field.name}={_text(field.default)}"
     kind: type = type(field.default)
     try:
         if kind is bool:
@@ -277,20 +342,16 @@ def _value(field: dataclasses.Field[Any], text: str, part: Part) -> Any:
             value = kind(text)
     except (KeyError, ValueError):
         words = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, kind.__name__)
-        raise KvcliError(
-            f"'{field.name}={text}' must be {words}", given=given, fix=f"{field.name}={_text(field.default)}"
-        ) from None
+        raise KvcliError(f"'{field.name}={text}' must be {words}", given=given, fix=usual) from None
     if field.metadata.get("odd") and value % 2 == 0:
-        raise KvcliError(f"'{field.name}={text}' must be odd", given=given, fix=f"{field.name}={_text(field.default)}")
+        raise KvcliError(f"'{field.name}={text}' must be odd", given=given, fix=usual)
     low, high, choices = (field.metadata.get(k) for k in ("ge", "le", "choices"))
     if choices and value not in choices:
-        fix = f"{field.name}={' | '.join(map(str, choices))}"
+        fix = f"{part.source}:{field.name}={' | '.join(map(str, choices))}"
         raise KvcliError(f"'{field.name}={text}' is not one of its values", given=given, fix=fix)
     if (low is not None and value < low) or (high is not None and value > high) or value != value:
         limits = f"at least {low}" + (f" and at most {high}" if high is not None else "")
-        raise KvcliError(
-            f"'{field.name}={text}' is out of range: {limits}", given=given, fix=f"{field.name}={_text(field.default)}"
-        )
+        raise KvcliError(f"'{field.name}={text}' is out of range: {limits}", given=given, fix=usual)
     return value
 
 

@@ -39,6 +39,9 @@ class ChunkKV(Method):
     def needs(self) -> frozenset[str]:
         return frozenset({f"window:{self.window}"})
 
+    def layers_alike(self) -> int:
+        return self.reuse
+
     def select(self, ctx: Context, budget: Budget) -> Selection:
         import torch
 

@@ -50,15 +50,7 @@ class Composed(Method):
             raise KvcliError("these methods cannot be combined in this order", given=given, fix=ORDER)
         by_kind = dict(zip(kinds, parts, strict=True))
         evictor: Any = by_kind.get("evict")
-        rest = [p for p in parts if p is not evictor]
-        if evictor.kind != "evict":
-            what = f"{evictor.name} ({evictor.kind}) stands alone: it is not an evictor"
-            raise KvcliError(what, given=given, fix=ORDER)
-        if getattr(evictor, "rerotate", False):
-            what = "pairs that moved to other positions are neither merged nor stored in another form"
-            raise KvcliError(what, given=given, fix="rerotate=false")
-        if evictor.domain.points == (1.0,):
-            raise KvcliError(f"{evictor.name} evicts nothing", given=given, fix="+".join(p.name for p in rest))
+        _check(evictor, [p for p in parts if p is not evictor], given)
         return cls(evictor, by_kind.get("merge"), by_kind.get("transform"))  # type: ignore[arg-type]
 
     @property
@@ -85,7 +77,7 @@ class Composed(Method):
 
     @property
     def decode_reads(self) -> bool:  # type: ignore[override]
-        return bool(self.evictor.decode_reads)
+        return bool(self.evictor.decode_reads) or (self.merge is not None and self.merge.decode_reads)
 
     @property
     def decode_as_selected(self) -> bool:  # type: ignore[override]
@@ -93,6 +85,9 @@ class Composed(Method):
 
     def decode_least(self) -> int:
         return int(self.evictor.decode_least())
+
+    def decode_whole(self) -> int:
+        return int(self.evictor.decode_whole())
 
     def decode_start(self, ctx: Context, layer: int) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.evictor.decode_start(ctx, layer)
@@ -133,6 +128,22 @@ class Composed(Method):
     @property
     def sharing(self) -> int:  # type: ignore[override]
         return max(p.sharing for p in self.parts)
+
+
+def _check(evictor: Any, rest: Sequence[Method], given: str) -> None:
+    """Raises KvcliError where the rest cannot follow this evictor."""
+    if evictor.kind != "evict":
+        what = f"{evictor.name} ({evictor.kind}) stands alone: it is not an evictor"
+        raise KvcliError(what, given=given, fix=ORDER)
+    if getattr(evictor, "rerotate", False):
+        what = "pairs that moved to other positions are neither merged nor stored in another form"
+        raise KvcliError(what, given=given, fix="rerotate=false")
+    if evictor.domain.points == (1.0,):
+        raise KvcliError(f"{evictor.name} evicts nothing", given=given, fix="+".join(p.name for p in rest))
+    for part in rest:
+        if getattr(part, "across_layers", False) and evictor.layers_alike() == 1:
+            what = f"{part.name} needs neighbouring layers that keep the same tokens; those of {evictor.name} do not"
+            raise KvcliError(what, given=given, fix=f"streaming_llm+{part.name}")
 
 
 def merge_of(method: Method) -> Merge | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,8 @@ class Generating:
     keys, values [R, H_kv, S, D]: the slots' pairs, keys rotated to their true positions; anything in empty slots. To be
         read only, but for a merge that folds.
     facts[name] [R, H_kv]: what `Selection.facts` and `Merge.decode_facts` said of whole heads.
+    texts(): the newest token's text, row by row.
+    strict: what a method protects is not cut to half of the cap (--strict-window).
     """
 
     layer: int
@@ -44,10 +47,17 @@ class Generating:
     keys: Tensor | None = None
     values: Tensor | None = None
     facts: dict[str, Tensor] = field(default_factory=dict)
+    texts: Callable[[], list[str]] | None = None
+    strict: bool = False
 
     @property
     def kv_heads(self) -> int:
         return self.position.shape[1]
+
+    def protected(self, most: int) -> Tensor:
+        """[R, 1, 1], or [R, H_kv, 1] where heads differ: how many of `most` protected pairs stay. They take at most
+        half of the cap; with --strict-window all stay, and the cap is at least `Method.decode_whole`."""
+        return self.cap.new_full(self.cap.shape, most) if self.strict else (self.cap // 2).clamp_max(most)
 
     def per_kv_head(self, score: Tensor, reduce: str = "mean") -> Tensor:
         """[R, H, ...] -> [R, H_kv, ...]: mean or max over each group of query heads that share a KV head."""

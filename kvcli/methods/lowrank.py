@@ -24,11 +24,14 @@ class LowRank(Transform):
     Stored are each token's coefficients and the directions, which count as bytes. Reading multiplies them and rotates
     the keys to their positions again. The prompt's last pair and all generated ones are kept whole behind.
 
-    Source: arXiv:2410.21465 (ShadowKV), section 3.1, for keys: one decomposition per prompt and layer of the keys
-    before rotation, rank 160 of 1024; arXiv:2407.21118 (Palu), section 3.2, for values of groups of 4 heads together.
-    Differs: ShadowKV has low rank for keys only and holds values whole in other memory; Palu decomposes the weights of
-    the projection once, not each prompt's values; directions are stored per prompt, so short prompts gain little.
-    Where the KV heads of a layer hold different tokens, each is decomposed alone.
+    Source: arXiv:2410.21465 (ShadowKV), section 3.1, for keys, and its code (bytedance/ShadowKV, models/kv_cache.py:
+    one decomposition per prompt and layer of the keys before rotation, rank 160, for 8 heads of 128 channels);
+    arXiv:2407.21118 (Palu), section 3.2, for values of groups of heads together, and its code (shadowpa0327/Palu,
+    compress.py: groups of 4). Differs: ShadowKV has low rank for keys only and holds values whole in other memory, and
+    keeps outlying chunks of keys whole; it decomposes prompts of more than 4096 tokens; Palu decomposes the weights of
+    the projection once, not each prompt's values, and one rate (0.5 in its abstract, 0.7 in its example) is shared out
+    between keys and values by a search; directions are stored per prompt, so short prompts gain little. Where the KV
+    heads of a layer hold different tokens, each is decomposed alone.
     """
 
     name = "lowrank"
@@ -43,12 +46,16 @@ class LowRank(Transform):
         ge=0,
         le=1,
         help="rank of the keys as a share of their width over all KV heads",
-        paper="160 of 1024 (ShadowKV); not confirmed",
+        paper="160 of 1024 (ShadowKV)",
     )
     values: float = setting(
-        0.5, ge=0, le=1, help="rank of the values as a share of a group's width", paper="0.5 (Palu); not confirmed"
+        0.5,
+        ge=0,
+        le=1,
+        help="rank of the values as a share of a group's width",
+        paper="0.5 (Palu, keys and values together)",
     )
-    group: int = setting(4, ge=1, help="KV heads whose values are decomposed together", paper="4 (Palu); not confirmed")
+    group: int = setting(4, ge=1, help="KV heads whose values are decomposed together", paper="4 (Palu)")
 
     def needs(self) -> frozenset[str]:
         return frozenset({"rope"})

@@ -25,10 +25,14 @@ class MiniCache(Transform):
     share `gamma` of the range between the smallest and the largest angle, from the largest down. The prompt's last pair
     and generated ones are kept whole.
 
-    Source: arXiv:2405.14366, sections 4.1 to 4.3 (SLERP with t 0.6, gamma 0.05, start at half of the depth). Differs:
-    directions are taken per KV head, each with its own range of angles, because heads are read separately; generated
-    pairs are not merged, because a layer's pair is read before the next layer's exists; where a method evicted before
-    it, both layers must hold the same tokens.
+    Source: arXiv:2405.14366, sections 4.1 to 4.3; start at half of the depth as the authors' page has it
+    (AkideLiu/MiniCache), gamma 0.05 as a public summary of their table of thresholds has it (neurips.cc/virtual/2024,
+    poster 93380; more gamma keeps more tokens), t 0.6 as a public guide to reproducing it has it; the authors published
+    no code. Differs: the inequality that picks the unmerged tokens is this project's reading (one public reading has
+    it count from the smallest angle up, which would keep nearly all of them); directions are taken per KV head, each
+    with its own range of angles, because heads are read separately; generated pairs are not merged, because a layer's
+    pair is read before the next layer's exists; where a method evicted before it, both layers must hold the same
+    tokens, so evictors whose layers choose apart are refused.
     """
 
     name = "minicache"
@@ -39,18 +43,23 @@ class MiniCache(Transform):
     protects = "the shallow layers, the last token and generated ones, whole"
 
     start: float = setting(
-        0.5, ge=0, le=1, help="depth from which layers are merged in pairs", paper="half of the depth; not confirmed"
+        0.5, ge=0, le=1, help="depth from which layers are merged in pairs", paper="half of the depth"
     )
     t: float = setting(
         0.6,
         ge=0,
         le=1,
         help="where between the two directions: 0 the first layer's, 1 the second's",
-        paper="0.6; not confirmed",
+        paper="0.6",
     )
     gamma: float = setting(
-        0.05, ge=0, le=1, help="share of the range of angles whose tokens stay unmerged", paper="0.05; not confirmed"
+        0.05, ge=0, le=1, help="share of the range of angles whose tokens stay unmerged", paper="0.05"
     )
+
+    @property
+    def across_layers(self) -> bool:
+        """Whether layers are stored together, which then must hold the same tokens."""
+        return self.start < 1
 
     def check(self, ctx: Context, counts: Sequence[Sequence[int]]) -> None:
         for first in self._firsts(len(counts)):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from kvcli.cache.budget import Budget
     from kvcli.methods.context import Context
+    from kvcli.methods.generating import Generating
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Pyramid:
     flags: frozenset[str] = frozenset()
     notes: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def facts(self) -> dict[str, int]:
+        return {"recent": self.recent}
+
 
 @dataclass(frozen=True)
 class PyramidInfer(Method):
@@ -38,22 +43,31 @@ class PyramidInfer(Method):
     The score is the attention of the prompt's newest fifth, averaged over heads, with weights rising from 1 to 1.2
     over these queries; they stay in all layers, and the first 4 tokens before all others. Layer l hands on the share
     p + (1 - p) w(l) of its older tokens, w falling from 1 to 0 as a cosine over the layers, and never fewer than 64.
-    A layer caches what entered it, so the first is whole. Source: arXiv:2405.12532 and its code (p = 0.9 for the 7B
-    and 8B models: a mean of 0.76 over 32 layers at 900 tokens). Differs: p is solved so that the mean over layers is
-    the kept ratio exactly; where p = 0 keeps too much, every layer hands on t times that share, t falling from 1 to 0;
-    below that, newest share and 64 shrink together (`fallback`). A ratio below what the whole first layer takes is
-    `unreachable` and `over_budget`: the other layers keep the last token. A layer that would fall below 64 is cut to
-    64, in the code it hands on all it has.
+    A layer caches what entered it, so the first is whole. While generating, the newest tokens slide on, as many as in
+    the prompt, and each layer keeps of the older pairs those that they attend to most, with the same weights; its pool
+    begins with its own size. Source: arXiv:2405.12532 and its code (p = 0.9 for the 7B and 8B models: a mean of 0.76
+    over 32 layers at 900 tokens). Differs: p is solved so that the mean over layers is the kept ratio exactly; where
+    p = 0 keeps too much, every layer hands on t times that share, t falling from 1 to 0; below that, newest share and
+    64 shrink together (`fallback`). A ratio below what the whole first layer takes is `unreachable` and `over_budget`:
+    the other layers keep the last token. A layer that would fall below 64 is cut to 64, in the code it hands on all it
+    has. While generating, all older pairs compete, the first 4 last, and the cap of `--decode-ratio` holds in every
+    layer; the code thins out 16 tokens at a time as they leave the newest share, which grows with the text there (0.9
+    of them stay in the first layer, 0.1 in the last), and never looks at older pairs again.
+
+    Memory while generating: 4 bytes per pair of a layer and newest token, for all its heads together.
     """
 
     name = "pyramidinfer"
     title = "PyramidInfer"
     paper = "arXiv:2405.12532"
     tier = 1
+    phases = ("prefill", "decode")
     kind = "in-prefill"
     budget_scope = "model"
     sharing = 3
     protects = "the newest fifth of the prompt"
+    decoding = "unified"
+    decode_as_selected = True
 
     recent: float = setting(
         0.2, ge=0.0, le=1.0, help="share of newest tokens, which vote and stay in every layer", paper="0.2"
@@ -115,6 +129,37 @@ class PyramidInfer(Method):
         score = received[:, :older].mean(0)
         score[: self.sinks] = float("inf")
         return join(top_positions(score, going - state.recent), torch.arange(older, m))
+
+    def prefill_state(self, layer: int, recent: Tensor, positions: Tensor, state: Pyramid) -> dict[str, Tensor]:
+        """recent [1, m, w]: a ring of what the last w queries gave to each key; query i's place is i mod w.
+
+        recent [w, m]: the attention of the newest queries, averaged over heads; positions [m].
+        """
+        import torch
+
+        last = int(positions[-1])
+        queries = torch.arange(last - len(recent) + 1, last + 1, device=recent.device)
+        return {"recent": recent[(queries % len(recent)).argsort()].T[None]}
+
+    def decode_update(self, view: Generating) -> None:
+        """The newest query's attention takes the place of the oldest one's."""
+        assert view.attention is not None
+        ring, size = view.state["recent"], view.facts["recent"][:, :1, None]
+        place = (view.newest % size)[..., None].expand(*ring.shape[:3], 1)
+        fresh = view.attention.mean(1, keepdim=True).to(ring.dtype)[..., None]
+        ring.scatter_(-1, place, fresh.where(view.counts[..., None], ring.gather(-1, place)))
+
+    def decode_rank(self, view: Generating) -> Tensor:
+        import torch
+
+        ring, position, size = view.state["recent"], view.position[:, :1], view.facts["recent"][:, :1, None]
+        place = torch.arange(ring.shape[-1], device=ring.device)
+        step = (size - 1 - (view.newest - place) % size).to(ring.dtype)  # 0: the oldest query that votes
+        weights = 1 + (self.weight - 1) * step / (size - 1).clamp_min(1)
+        weights = weights.masked_fill(place >= size, 0)  # of a row with fewer voters
+        score = (ring @ weights[..., None])[..., 0]
+        score = score.masked_fill((position >= 0) & (position < self.sinks), torch.finfo(score.dtype).max)
+        return view.all_heads_alike(score.masked_fill(position > view.newest - size, float("inf")))
 
 
 def _older(depth: float, older: int, least: int, layers: int, interval: int) -> list[float]:

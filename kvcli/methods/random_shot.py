@@ -35,6 +35,9 @@ class RandomShot(Method):
         "skip", choices=("skip", "stop"), help="at a shot that does not fit: skip it, or stop", paper="not said"
     )
 
+    def layers_alike(self) -> int:
+        return int(self.scope == "layer")
+
     def select(self, ctx: Context, budget: Budget) -> Selection:
         import torch
 

@@ -119,12 +119,15 @@ class RKV(Method):
         fresh = view.attention.to(ring.dtype)[..., None].where(view.counts[..., None], ring.gather(-1, place))
         ring.scatter_(-1, place, fresh)
 
+    def decode_whole(self) -> int:
+        return self.window
+
     def decode_rank(self, view: Generating) -> Tensor:
         import torch
 
         assert view.keys is not None
         ring, position = view.state["recent"], view.position
-        window = (view.cap // 2).clamp(1, self.window)
+        window = view.protected(self.window).clamp_min(1)
         recent = position > view.newest - window
         before = (position >= 0) & ~recent
         group = ring.shape[1] // view.kv_heads

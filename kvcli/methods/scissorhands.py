@@ -87,8 +87,11 @@ class Scissorhands(Method):
         ring.scatter_(-1, index, torch.where(low, byte | bit, byte & ~bit)[..., None])
         view.state["count"] += low.int() - was.int()
 
+    def decode_whole(self) -> int:
+        return self.recent
+
     def decode_rank(self, view: Generating) -> Tensor:
-        recent = view.position > view.newest - (view.cap // 2).clamp(1, self.recent)
+        recent = view.position > view.newest - view.protected(self.recent).clamp_min(1)
         return (-view.state["count"].float()).masked_fill(recent, float("inf"))
 
     def _counts(self, ctx: Context, layer: int) -> Tensor:

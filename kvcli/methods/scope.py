@@ -74,7 +74,10 @@ class SCOPE(Method):
             return snap_scores(ctx, layer, window, _KERNEL, "max", self.reduce)
         return ctx.per_kv_head(ctx.column_sum(layer)[:, : ctx.n - window], self.reduce)
 
+    def decode_whole(self) -> int:
+        return self.recent
+
     def decode_rank(self, view: Generating) -> Tensor:
         assert view.attention is not None
-        recent = view.position > view.newest - (view.cap // 2).clamp(1, self.recent)
+        recent = view.position > view.newest - view.protected(self.recent).clamp_min(1)
         return view.per_kv_head(view.attention, self.reduce).masked_fill(recent, float("inf"))

@@ -82,6 +82,9 @@ class ShotKV(Method):
         names = {"all": "column_sum", "question": "column_sum:question", "window": f"window:{self.window}"}
         return frozenset({names[self.queries]})
 
+    def layers_alike(self) -> int:
+        return int(self.scope == "layer")
+
     def select(self, ctx: Context, budget: Budget) -> Selection:
         import torch
 

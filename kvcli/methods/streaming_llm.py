@@ -49,14 +49,23 @@ class StreamingLLM(Method):
         keep = budget.per_head
         if budget.everything:
             return Selection([whole(ctx.n)] * ctx.layers)
-        sinks = min(self.sinks, keep - 1 if budget.strict_window else keep // 2)
-        flags = frozenset({"fallback"}) if sinks < self.sinks else frozenset()
-        kept = torch.cat([whole(sinks), torch.arange(ctx.n - (keep - sinks), ctx.n)])
+        if budget.strict_window:
+            sinks, flags = min(self.sinks, ctx.n - 1), frozenset({"over_budget"} if self.sinks >= keep else ())
+        else:
+            sinks = min(self.sinks, keep // 2)
+            flags = frozenset({"fallback"} if sinks < self.sinks else ())
+        kept = torch.cat([whole(sinks), torch.arange(ctx.n - max(1, keep - sinks), ctx.n)])
         return Selection([kept] * ctx.layers, flags, rerotate=self.rerotate)
+
+    def layers_alike(self) -> int:
+        return 0
 
     def decodes(self) -> bool:
         return not self.rerotate
 
+    def decode_whole(self) -> int:
+        return self.sinks + 1
+
     def decode_rank(self, view: Generating) -> Tensor:
-        sinks = (view.cap // 2).clamp_max(self.sinks)
+        sinks = view.protected(self.sinks)
         return view.position.float().masked_fill(view.position < sinks, float("inf"))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kvcli.attention import backends
 from kvcli.attention.received import summed_received
+from kvcli.attention.reference import causal
 from kvcli.errors import KvcliError
 
 if TYPE_CHECKING:
@@ -36,6 +37,17 @@ class Plan(Protocol):
     def notes(self) -> dict[str, Any]: ...
 
 
+class Decoding(Protocol):
+    """What a `Pruner` that also compresses generated tokens has beside it. Its plan has `facts`: name -> number, for
+    `Generating.facts`."""
+
+    def prefill_state(self, layer: int, recent: Tensor, positions: Tensor, state: Any) -> dict[str, Tensor]:
+        """Its figures for the m tokens that a layer caches, as generation begins: name -> [X, m, ...].
+
+        recent [w, m] float32 at least: attention of each of the newest w queries in this layer, averaged over heads.
+        """
+
+
 class Pruner(Protocol):
     """A method that drops tokens while the prompt is read (`kind = "in-prefill"`)."""
 
@@ -52,16 +64,28 @@ class Pruner(Protocol):
 
 class Fork:
     """One of the prefills of a pass. positions: per layer so far those that entered it; at: where the newest of these
-    stand in the sequence of all forks; going: which of them go on."""
+    stand in the sequence of all forks; going: which of them go on; state: per layer what its method begins to generate
+    with, where it compresses generated tokens (`decode`)."""
 
-    def __init__(self, method: Pruner, plan: Plan, n: int) -> None:
+    def __init__(self, method: Pruner, plan: Plan, n: int, decode: bool = False) -> None:
         self.method, self.plan = method, plan
+        self.decoding: Decoding | None = method if decode else None  # type: ignore[assignment]
         self.positions = [torch.arange(n)]
+        self.state: list[dict[str, Tensor]] = []
         self.at = slice(0, n)
         self.going = torch.arange(n)
 
+    def look(self, layer: int, query: Tensor, key: Tensor, scaling: float, last: bool) -> None:
+        """Asks the method who goes on, and what it begins to generate with. query [H, m, D] and key [H_kv, m, D]: its
+        own tokens; last: no layer is behind this one."""
+        if not last:
+            self.choose(layer, query, key, scaling)
+        if self.decoding is not None:
+            newest = max(0, query.shape[1] - len(self.plan.weights))
+            recent = averaged(query[:, newest:], key, scaling)
+            self.state.append(self.decoding.prefill_state(layer, recent, self.positions[layer], self.plan))
+
     def choose(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
-        """Asks the method who goes on. query [H, m, D] and key [H_kv, m, D]: its own tokens."""
         weights, m = self.plan.weights, query.shape[1]
         if len(weights) > m:
             raise ValueError(f"layer {layer}: {len(weights)} weights for {m} tokens")
@@ -90,8 +114,7 @@ class Pruning:
             q, k, v = (x[:, :, fork.at] for x in (query, key, value))
             if layer or not out:
                 out.append(backends.prefill(q, k, v, scaling, {}, self.model.attn)[0])
-            if layer + 1 < len(self.layers):
-                fork.choose(layer, q[0], k[0], scaling)
+            fork.look(layer, q[0], k[0], scaling, layer + 1 == len(self.layers))
         return torch.cat(out, 2) if len(out) > 1 else out[0]
 
     @contextmanager
@@ -141,6 +164,21 @@ class Pruning:
         whole = hidden.new_zeros(len(self.forks), self.n, hidden.shape[-1])
         whole[:, -1] = hidden[0, [fork.at.stop - 1 for fork in self.forks]]
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+
+def averaged(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """[Q, S] float32 at least: attention of the last Q of S tokens, averaged over heads, one head at a time.
+
+    query [H, Q, D]; key [H_kv, S, D], seen causally.
+    """
+    heads, new = query.shape[:2]
+    keys = key.to(torch.promote_types(key.dtype, torch.float32))
+    future = ~causal(new, key.shape[1]).to(key.device)
+    total = keys.new_zeros(future.shape)
+    for h in range(heads):
+        scores = query[h].to(keys.dtype) @ keys[h * len(keys) // heads].T * scaling
+        total += scores.masked_fill_(future, float("-inf")).softmax(-1)
+    return total / heads
 
 
 def decoder_layers(model: Model) -> list[nn.Module]:

@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ FILE = "head_profile.json"
 FORMAT = "kvcli head profile 1"
 TRAINED = "full_attention_heads.tsv"
 """DuoAttention's own file: a line of tab-separated numbers per layer, one gate in 0..1 per KV head."""
+CONFIG = "config.json"
+"""Beside it: the settings of the training."""
+GATES = "@gates:"
+"""In place of a path: the gates that `kvcli profile-heads --gates` trained, `@gates:SINKS,RECENT`."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,11 @@ class HeadProfile:
         width = heads if self.per == "query" else kv_heads
         return len(self.heads) == layers and all(len(row) == width for row in self.heads)
 
+    @cached_property
+    def digest(self) -> str:
+        """What tells its numbers from another's: `head_profile` of a run's cells."""
+        return _digest([self])
+
     def to_dict(self) -> dict[str, Any]:
         rows = [list(row) for row in self.heads]
         return {"format": FORMAT, "model": self.model, "samples": self.samples, "how": self.how, "heads": rows}
@@ -53,6 +63,9 @@ def is_profile(need: str) -> bool:
 def profile_of(source: ModelSource, need: str) -> HeadProfile:
     """The profile that a method's need names. Raises KvcliError where there is none, or one of another model."""
     _, _, path = need.partition(":")
+    if path.startswith(GATES):
+        sinks, recent = map(int, path.removeprefix(GATES).split(","))
+        return load_gates(source, sinks, recent)
     return load_profile(source, path or None)
 
 
@@ -69,8 +82,12 @@ def check_profiles(source: ModelSource, needs: Iterable[str], config: Any = None
                 what = f"the head profile has {len(each.heads)} layers of {len(each.heads[0])} heads, not this model's"
                 given = need.partition(":")[2] or str(own_place(source) or cache_place(source))
                 raise KvcliError(what, given=given, fix=command(source))
-    text = json.dumps([[each.per, each.heads] for _, each in found])
-    return hashlib.sha256(text.encode()).hexdigest()[:12] if found else None
+    return _digest([each for _, each in found]) if found else None
+
+
+def _digest(found: Sequence[HeadProfile]) -> str:
+    text = json.dumps([[each.per, each.heads] for each in found])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def load_profile(source: ModelSource | str | Path, path: str | None = None) -> HeadProfile:
@@ -95,6 +112,16 @@ def load_profile(source: ModelSource | str | Path, path: str | None = None) -> H
     raise KvcliError(what, given=f"--model {source.text}", fix=command(source))
 
 
+def load_gates(source: ModelSource, sinks: int, recent: int) -> HeadProfile:
+    """The gates trained on this model's heads. Raises KvcliError with the command that trains them."""
+    place = gates_place(source, sinks, recent)
+    if not (place / TRAINED).is_file():
+        what = f"no trained gates of {source.text} with {sinks} sinks and {recent} recent tokens"
+        fix = f"{command(source)} --gates --sinks {sinks} --recent {recent}"
+        raise KvcliError(what, given="heads=optimise", fix=fix)
+    return read_profile(place)
+
+
 def command(source: ModelSource) -> str:
     """What makes this model's profile."""
     return f"kvcli profile-heads --model {source.text}"
@@ -107,10 +134,41 @@ def own_place(source: ModelSource) -> Path | None:
 
 def cache_place(source: ModelSource) -> Path:
     """In the user's cache, by the model's fingerprint."""
+    return _cached(source, ".json")
+
+
+def gates_place(source: ModelSource, sinks: int, recent: int) -> Path:
+    """The folder of its trained gates in the user's cache."""
+    return _cached(source, f"-gates-{sinks}-{recent}")
+
+
+def _cached(source: ModelSource, ending: str) -> Path:
     facts = fingerprint(source)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "kvcli" / "head-profiles" / f"{source.short}-{digest}.json"
+    return cache / "kvcli" / "head-profiles" / f"{source.short}-{digest}{ending}"
+
+
+def existing(place: Path, source: ModelSource, how: dict[str, Any], *, force: bool) -> HeadProfile | None:
+    """The profile that is at `place`, None where there is none. how: settings with which it is to be made.
+
+    Raises KvcliError for one of other weights or settings, unless `force`, and for anything else that is there.
+    """
+    if place.is_dir() and not (place / TRAINED).is_file():
+        if (place / CONFIG).exists():
+            what = f"{place} holds the {CONFIG} of something else"
+            raise KvcliError(what, given=f"--out {place}", fix="a folder of its own")
+        return None
+    if not place.exists():
+        return None
+    have = read_profile(place)
+    other = [f"{k} {have.how[k]}, now {v}" for k, v in how.items() if k in have.how and have.how[k] != v]
+    if _revision(have.model) != _revision(fingerprint(source)):
+        other.insert(0, "other weights")
+    if other and not force:
+        what = f"{place} was made otherwise ({'; '.join(other)})"
+        raise KvcliError(what, given=f"--model {source.text}", fix="--force replaces it, --out writes elsewhere")
+    return have
 
 
 def _revision(facts: dict[str, Any]) -> Any:
@@ -128,7 +186,7 @@ def read_profile(path: Path) -> HeadProfile:
         reason = "is not text" if isinstance(e, UnicodeDecodeError) else f"cannot be read: {e.strerror}"
         raise KvcliError(f"{path} {reason}", given=f"profile={path}", fix="a file of kvcli profile-heads") from e
     try:
-        return _trained(text, path.parent / "config.json") if path.suffix == ".tsv" else _measured(text)
+        return _trained(text, path.parent / CONFIG) if path.suffix == ".tsv" else _measured(text)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         what = f"{path} is no head profile: {e}"
         raise KvcliError(what, given=f"profile={path}", fix=f"a file of kvcli profile-heads, or {TRAINED}") from e
@@ -142,12 +200,14 @@ def _measured(text: str) -> HeadProfile:
 
 
 def _trained(text: str, beside: Path) -> HeadProfile:
-    """The authors clip their gates to 0..1 when they read them; so here. beside: their training's config.json, where it
-    is there, says with how many sinks and recent tokens."""
+    """The authors clip their gates to 0..1 when they read them; so here. beside: the training's config.json, where it
+    is there, says with how many sinks and recent tokens, and of kvcli's own everything else."""
     rows = [[min(max(float(x), 0.0), 1.0) for x in line.split()] for line in text.splitlines() if line.strip()]
     facts = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     sizes = {name: int(facts[key]) for name, key in (("sinks", "sink_size"), ("recent", "recent_size")) if key in facts}
-    return HeadProfile(_table(rows), "kv", how={"score": "trained gates", **sizes})
+    own = facts.get("kvcli") or {}
+    how = {"score": "trained gates", **sizes, **own.get("how", {})}
+    return HeadProfile(_table(rows), "kv", own.get("model", {}), own.get("samples", 0), how)
 
 
 def _table(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
@@ -168,6 +228,24 @@ def write_profile(profile: HeadProfile, path: Path) -> None:
     rows = facts.pop("heads")
     head = json.dumps(facts, indent=1)[:-2]
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    _write(path, f'{head},\n "heads": [\n{lines}\n ]\n}}\n')
+
+
+def write_gates(profile: HeadProfile, folder: Path) -> None:
+    """In the authors' form, under their names: TRAINED, and beside it the training's settings."""
+    how = profile.how
+    theirs = {
+        "model_name": profile.model.get("model"), "sink_size": how["sinks"], "recent_size": how["recent"],
+        "num_steps": how["steps"], "lr": how["rate"], "reg_weight": how["penalty"], "initial_value": 1.0,
+        "batch_size": 1, "num_passkeys": 1, "context_length_max": how["prompt_tokens"], "seed": how["seed"],
+    }  # fmt: skip
+    facts = {**theirs, "kvcli": {"model": profile.model, "samples": profile.samples, "how": how}}
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / CONFIG, json.dumps(facts, indent=1) + "\n")
+    _write(folder / TRAINED, "".join("\t".join(f"{x:.18e}" for x in row) + "\n" for row in profile.heads))
+
+
+def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(f'{head},\n "heads": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

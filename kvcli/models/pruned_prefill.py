@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -31,7 +31,8 @@ class Pruned:
     """A prompt after such a prefill.
 
     keys, values: per layer [H_kv, m, D], m falling with depth; positions: per layer [m] on the CPU, true positions;
-    logits [V] float32 behind the last token.
+    logits [V] float32 behind the last token; state: per layer name -> [X, m, ...], what the method begins to generate
+    with; facts: numbers it goes on with.
     """
 
     keys: list[Tensor]
@@ -40,18 +41,28 @@ class Pruned:
     logits: Tensor
     flags: frozenset[str] = frozenset()
     notes: dict[str, Any] = field(default_factory=dict)
+    state: list[dict[str, Tensor]] = field(default_factory=list)
+    facts: dict[str, int] = field(default_factory=dict)
 
 
-def pruned_prefill(model: Model, ids: Sequence[int], method: Pruner, budget: Budget) -> Pruned:
-    """Reads one prompt under a method that drops tokens on the way.
+class Asked(NamedTuple):
+    """One prefill of a pass. decode: generated tokens will be compressed too (`Decoding`)."""
+
+    method: Pruner
+    budget: Budget
+    decode: bool = False
+
+
+def pruned_prefill(model: Model, ids: Sequence[int], method: Pruner, budget: Budget, decode: bool = False) -> Pruned:
+    """Reads one prompt under a method that drops tokens on the way. decode: see `Asked`.
 
     Raises KvcliError for a family whose layers cannot go on with fewer tokens, ValueError for a method that does not
     keep its contract.
     """
-    return pruned_prefills(model, ids, [(method, budget)])[0]
+    return pruned_prefills(model, ids, [Asked(method, budget, decode)])[0]
 
 
-def pruned_prefills(model: Model, ids: Sequence[int], asked: Sequence[tuple[Pruner, Budget]]) -> list[Pruned]:
+def pruned_prefills(model: Model, ids: Sequence[int], asked: Sequence[Asked | tuple[Pruner, Budget]]) -> list[Pruned]:
     """Reads one prompt under several methods or budgets in one pass; raises what `pruned_prefill` raises.
 
     All tokens enter the first layer, so it is computed once for all. Behind it the tokens that each keeps stand one
@@ -64,8 +75,9 @@ def pruned_prefills(model: Model, ids: Sequence[int], asked: Sequence[tuple[Prun
 
 
 @torch.inference_mode()
-def _run(model: Model, ids: Sequence[int], asked: Sequence[tuple[Pruner, Budget]]) -> list[Pruned]:
-    forks = [Fork(method, method.prefill_start(budget), len(ids)) for method, budget in asked]
+def _run(model: Model, ids: Sequence[int], asked: Sequence[Asked | tuple[Pruner, Budget]]) -> list[Pruned]:
+    wanted = [Asked(*one) for one in asked]
+    forks = [Fork(one.method, one.method.prefill_start(one.budget), len(ids), one.decode) for one in wanted]
     state = Pruning(model, len(ids), forks)
     cache = DynamicCache()
     with patched(model.hf, state), state.hooked():
@@ -74,7 +86,8 @@ def _run(model: Model, ids: Sequence[int], asked: Sequence[tuple[Pruner, Budget]
     values = [_apart(x.values[0], forks, layer) for layer, x in enumerate(cache.layers)]
     return [
         Pruned([k[i] for k in keys], [v[i] for v in values], fork.positions, logits[i],
-               fork.plan.flags, dict(fork.plan.notes)) for i, fork in enumerate(forks)
+               fork.plan.flags, dict(fork.plan.notes), fork.state, dict(getattr(fork.plan, "facts", {})))
+        for i, fork in enumerate(forks)
     ]  # fmt: skip
 
 

@@ -181,6 +181,7 @@ class Model:
     def step(self, tokens: Tensor, positions: Tensor, cache: CompressedCache) -> Tensor:
         """One forward pass of Q new tokens a row at their true positions: [R, Q] each -> logits [R, Q, V]."""
         tokens, positions = tokens.to(self.device), positions.to(self.device)
+        cache.newest_texts = lambda: [self.tokenizer.decode([i]) for i in tokens[:, -1].tolist()]
         cache.begin(positions)
         with patched(self.hf, _Decode(cache)):
             out = self.hf(tokens, position_ids=positions, past_key_values=cache, use_cache=True)

@@ -160,7 +160,8 @@ def _parse(text: str, given: str) -> SparseGPT | None:
         return None
     name, colon, rest = text.partition(":")
     if name != "sparsegpt":
-        raise KvcliError(f"'{text}' is no form of the weights", given=given, fix=f"--weights {FORMS}")
+        fix = f"--weights sparsegpt:{text}" if _PATTERN.match(text) else f"--weights {FORMS}"
+        raise KvcliError(f"'{text}' is no form of the weights", given=given, fix=fix)
     pieces = [piece.strip() for piece in rest.split(",")] if colon else []
     pattern = _pattern(pieces.pop(0), given) if pieces and "=" not in pieces[0] else None
     typed: dict[str, str] = {}
@@ -190,7 +191,9 @@ def _pattern(text: str, given: str) -> tuple[int, int]:
     n, m = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 0 < n < m <= 64:
         what = f"'{text}' is no pattern N:M (N of every M weights are zero, 0 < N < M <= 64)"
-        raise KvcliError(what, given=given, fix="--weights sparsegpt:2:4")
+        share = re.fullmatch(r"0?\.\d*[1-9]\d*", text)
+        fix = f"--weights sparsegpt:sparsity={text}" if share else "--weights sparsegpt:2:4"
+        raise KvcliError(what, given=given, fix=fix)
     return n, m
 
 

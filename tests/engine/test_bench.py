@@ -12,7 +12,9 @@ import pytest
 from kvcli.config import SweepConfig
 from kvcli.engine import bench, bench_run
 from kvcli.engine.bench import Job, Plan, Sizes
+from kvcli.engine.caches import storage_of
 from kvcli.errors import Exit, KvcliError
+from kvcli.methods import catalog
 from kvcli.models.source import parse_model
 
 
@@ -82,9 +84,40 @@ def test_a_method_without_a_ratio_is_measured_once(tmp_path):
     plan = planned(tmp_path, methods=(own,), ratios=("0.1,0.2",))
     assert [(j.method, j.ratio) for j in plan.jobs] == [("full", "1"), (own, None)]
     plan = planned(tmp_path, methods=(f"snapkv,{other}",))
-    assert [j.method for j in plan.jobs] == ["full", "snapkv"] and list(plan.left_out) == [other]
-    with pytest.raises(KvcliError, match="kind 'transform'"):
-        planned(tmp_path, methods=(other,))
+    assert [j.method for j in plan.jobs] == ["full", "snapkv", other] and not plan.left_out
+
+
+def test_methods_of_all_kinds_are_measured_as_a_sweep_would_decode_them(tmp_path):
+    asked = ("kivi,snapkv+kivi:bits=4,quest,h2o+merge,pyramidinfer,kvzip,fastgen",)
+    plan = planned(tmp_path, methods=asked, ratios=("0.3",))
+    assert [(j.method, j.ratio) for j in plan.jobs[1:]] == [
+        ("kivi", None), ("snapkv+kivi:bits=4", "0.3"), ("quest", None), ("h2o+merge", "0.3"), ("pyramidinfer", "0.3"),
+        ("kvzip", "0.3"), ("fastgen", None),
+    ]  # fmt: skip
+    storage = [storage_of(catalog.build(j.method), j.decode) for j in plan.jobs[1:]]
+    assert storage == ["stored", "stored", "read", "pairs", "pairs", "pairs", "pairs"]
+
+
+def test_presses_are_left_out_because_another_process_does_their_work(tmp_path, monkeypatch):
+    needs = type(catalog.build("snapkv")).needs
+    monkeypatch.setattr(type(catalog.build("snapkv")), "needs", lambda self: needs(self) | {"kvpress"})
+    plan = planned(tmp_path, methods=("snapkv,h2o",))
+    assert [j.method for j in plan.jobs] == ["full", "h2o"] and list(plan.left_out) == ["snapkv"]
+    with pytest.raises(KvcliError, match="process of their own"):
+        planned(tmp_path, methods=("snapkv",))
+
+
+def test_compression_while_generating_is_an_axis(tmp_path):
+    plan = planned(tmp_path, methods=("h2o,snapkv,quest",), ratios=("0.3",), decode_ratios=("off", "same", "0.5"))
+    assert [(j.label, j.decode) for j in plan.jobs] == [
+        ("full", None), ("h2o 0.3", None), ("h2o 0.3, decode ratio 0.3", {"ratio": "0.3", "interval": 1}),
+        ("h2o 0.3, decode ratio 0.5", {"ratio": "0.5", "interval": 1}), ("snapkv 0.3", None), ("quest", None),
+    ]  # fmt: skip
+    assert storage_of(catalog.build("h2o"), plan.jobs[2].decode) == "pool"
+    assert plan.decode_words == ["--decode-ratio", "off,same,0.5"]
+    assert Job.from_json(plan.jobs[3].to_json()) == plan.jobs[3]
+    with pytest.raises(KvcliError, match="none of these methods compresses generated tokens"):
+        planned(tmp_path, methods=("kivi",), decode_ratios=("0.5",))
 
 
 @pytest.mark.parametrize("text, found", [("1", (1,)), ("4,1,4", (4, 1)), ("1, max", (1, "max")), ("max", ("max",))])

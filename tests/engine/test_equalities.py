@@ -367,7 +367,7 @@ def test_a_smaller_limit_measures_no_more_than_asked() -> None:
 
 GENERATING = SweepConfig(
     methods=("pyramidkv:window=2,beta=4", "chunkkv", "kvzip", "h2o", "tova", "shotkv",
-             "scissorhands:history=20,recent=4", "pyramidinfer:context=4"),
+             "scissorhands:history=20,recent=4", "pyramidinfer:context=4", "fastgen:recovery=0.6"),
     ratios=("0.3",), first_token=("compressed", "prefill"), decode_ratios=("off", "0.4"),
 )  # fmt: skip
 """Per-layer, per-head and ragged budgets, caches that grow and that evict, prefills of their own."""
@@ -401,7 +401,7 @@ def test_no_neighbour_no_wave_and_no_order_reaches_a_generated_answer(exact: Mod
     assert outcome.errors == 0
     assert len({r["n_new"] for r in truth.records}) > 8
     assert {r["finish"] for r in truth.records} == {"eos", "length"}
-    assert len(truth.records) == 4 * (2 * (1 + 3 + 2 * 4) + 1)
+    assert len(truth.records) == 4 * (2 * (1 + 3 + 2 * 5) + 2)
     for rows, prefill_rows, deterministic in ((3, 3, False), (1, 1, False), (40, 4, True)):
         other = dataclasses.replace(options, decode_rows=rows, deterministic=deterministic)
         found, _ = asks.sweep(exact, GENERATING, prompts, other, prefill_rows=prefill_rows)

@@ -165,11 +165,11 @@ def test_groups_and_kinds_of_caches_by_hand() -> None:
     facts = facts_of(model, plan, prompts)
     groups = {g.sharing: g for g in facts.groups}
     # full, snapkv, shotkv once, h2o and tova with both decode settings; two ratios, two first-token modes
-    assert {s: (g.cells, g.prompts) for s, g in groups.items()} == {1: (2 + 4 + 4 + 8 + 8, 3), 2: (4, 3), 3: (2, 3)}
+    assert {s: (g.cells, g.prompts) for s, g in groups.items()} == {1: (2 + 4 + 4 + 8 + 8, 3), 2: (4, 3), 3: (4, 3)}
     assert groups[1].tokens == 150
-    assert groups[3].tokens_alone == 2 * 150
+    assert groups[3].tokens_alone == 4 * 150
     kinds = Counter(cell.storage or "kept" for cell in plan.cells.values())
-    assert kinds == {"kept": 2 + 4 + 4 + 4 + 4 + 4 + 2, "h2o": 4, "tova": 4}
+    assert kinds == {"kept": 2 + 4 + 4 + 4 + 4 + 4 + 2, "h2o": 4, "tova": 4, "pyramidinfer": 2}
     assert {s.kind: (s.cells, s.rows) for s in facts.storage} == {k: (n, 3 * n) for k, n in kinds.items()}
     assert facts.records == 3 * len(plan.cells)
     assert facts.decode_tokens == facts.records * 8

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 import weakref
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,13 @@ from hypothesis import strategies as st
 from kvcli.attention.capture import Needs
 from kvcli.cache.kv_cache import CompressedCache
 from kvcli.cache.rows import Row
-from kvcli.engine import bench, bench_pass, measure
+from kvcli.cache.workspace import Workspace
+from kvcli.engine import bench, bench_pass, bench_rows, measure
 from kvcli.engine.bench import Job
 from kvcli.engine.bench_pass import Measured, Pass
 from kvcli.engine.meter import Meter, NoMemory, ProcessMemory, memory_of
+from kvcli.engine.pool import Cap, PoolRow
+from kvcli.errors import KvcliError
 from tests.engine.tiny import tiny_llama
 
 MODEL = tiny_llama()
@@ -61,7 +66,11 @@ def test_a_fifth_of_a_prompt_has_room_for_a_shot(n):
     assert kept + len(found[2]) <= int(0.2 * n + 0.5)
 
 
-METHODS = ("full", "snapkv", "pyramidkv", "h2o", "shotkv", "random", "streaming_llm", "streaming_llm:rerotate=true")
+METHODS = (
+    "full", "snapkv", "pyramidkv", "h2o", "shotkv", "random", "streaming_llm", "streaming_llm:rerotate=true", "adakv",
+    "kivi", "quant", "think", "lowrank", "minicache", "adakv+kivi:bits=4", "h2o+merge",
+    "quest:tokens=16,page=4,least=1,dense_layers=1",
+)  # fmt: skip
 
 
 def greedy(ids: list[int], steps: int) -> list[int]:
@@ -94,13 +103,18 @@ def test_rows_of_a_batch_generate_what_they_generate_alone(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_cache_that_lets_go_of_its_sources_is_the_cache_of_the_engine(method):
-    def logits(build: Any) -> torch.Tensor:
-        held = measured(method)._compressed(0, 1, Meter(MODEL.device, NoMemory()))
+    def logits(make: Any) -> torch.Tensor:
+        one = measured(method)
+        held = one._compressed(0, 1, Meter(MODEL.device, NoMemory()))
         with torch.inference_mode():
-            cache = build([held.row], 2)
+            cache = make([held.row], one.build)
         return MODEL.step(torch.tensor([[5]]), torch.tensor([[held.end]]), cache)
 
-    torch.testing.assert_close(logits(bench_pass.joined), logits(CompressedCache), rtol=0, atol=0)
+    def engine(rows: list[Row], build: Any) -> CompressedCache:
+        return build(rows, [2], Workspace())
+
+    ours = logits(lambda rows, build: bench_rows.joined(rows, 2, build))
+    torch.testing.assert_close(ours, logits(engine), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -108,7 +122,7 @@ def test_building_a_cache_holds_no_more_than_one_layer_twice(batch, monkeypatch)
     one = measured("full", "1")
     rows = [one._compressed(i, batch, Meter(MODEL.device, NoMemory())).row for i in range(batch)]
     sources = [[weakref.ref(row.keys[layer].untyped_storage()) for row in rows] for layer in range(3)]
-    swap, alive = bench_pass.Draining.swap, []
+    swap, alive = bench_rows.Draining.swap, []
 
     def counting(self: Any, layer: int, like: torch.Tensor, *shapes: Any) -> Any:
         buffers = swap(self, layer, like, *shapes)
@@ -116,8 +130,8 @@ def test_building_a_cache_holds_no_more_than_one_layer_twice(batch, monkeypatch)
         alive.append([all(row.keys[i] is not None for row in rows) for i in range(3)])
         return buffers
 
-    monkeypatch.setattr(bench_pass.Draining, "swap", counting)
-    cache = bench_pass.joined(rows, 4)
+    monkeypatch.setattr(bench_rows.Draining, "swap", counting)
+    cache = bench_rows.joined(rows, 4)
     assert alive == [[True] * 3, [False, True, True], [False, False, True]]
     assert sources and all(k is None for row in rows for k in row.keys)
     room = sum(h * w for h, w in MODEL.shapes.dims) * (N + 4) * 4
@@ -129,13 +143,100 @@ def test_a_shrunk_row_holds_only_what_was_kept():
     keys = torch.arange(2 * 10 * 4.0).view(2, 10, 4)
     row = Row([keys] * 3, [keys + 1] * 3, [ragged, torch.tensor([1, 9]), torch.tensor([[0, 9], [8, 9]])])
     row.keys, row.values = list(row.keys), list(row.values)
-    held = bench_pass.Held(row, torch.tensor([0]), 10, 0, frozenset())
+    held = bench_rows.Held(row, torch.tensor([0]), 10, 0, frozenset())
     whole = CompressedCache([Row([keys] * 3, [keys + 1] * 3, row.kept)], 2)
     held.shrink()
     assert [k.shape[1] for k in row.keys] == [3, 2, 2]
     small = CompressedCache([row], 2)
     for a, b in zip(small.layers, whole.layers, strict=True):
         assert torch.equal(a._keys, b._keys) and torch.equal(a._values, b._values)
+
+
+def test_a_transform_s_row_holds_nothing_of_the_pairs_it_was_made_of():
+    """Else the memory it saves would not be free while the next prompt is read."""
+    seen: list[Any] = []
+    formed = Measured._formed
+
+    def watching(self: Any, ctx: Any, *rest: Any) -> Any:
+        seen.extend(weakref.ref(x) for x in (*ctx.keys, *ctx.values))
+        return formed(self, ctx, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Measured, "_formed", watching)
+        held = measured("kivi", None)._compressed(0, 1, Meter(MODEL.device, NoMemory()))
+    gc.collect()
+    assert seen and all(ref() is None for ref in seen)
+    assert not any(x.numel() for x in (*held.row.keys, *held.row.values))
+    assert 0 < held.payload < measured().full_bytes / 2
+
+
+@pytest.mark.parametrize("method", ["snapkv", "kivi", "minicache", "lowrank", "quest"])
+def test_copies_of_a_row_are_rows_of_their_own(method):
+    one = measured(method)
+    copied, real = one.once(4, 6, clones=True), one.once(2, 6)
+    assert copied.tokens == [real.tokens[0]] * 3 + [one.once(4, 6).tokens[3]]
+    apart = 0.01 if method == "minicache" else 0  # how many tokens it merges depends on the prompt
+    assert copied.alloc == pytest.approx(real.alloc, rel=apart) and copied.end == pytest.approx(real.end, rel=apart)
+
+
+@pytest.mark.parametrize("method", ["adakv", "headless", "h2o"])
+def test_slots_that_hold_no_pair_yet_hold_numbers(method):
+    """What is read with weight zero must not be NaN, whatever lay there before."""
+    rows = [torch.arange(4), torch.arange(9)] if method == "headless" else [[torch.arange(3), torch.arange(9)]] * 2
+    x = torch.ones(2, 9, 4)
+    held = [Row([x], [x], [form]) for form in rows]
+    if method == "h2o":
+        held = [PoolRow([x], [x], [torch.arange(9)], n=9, cap=Cap(False, Decimal(9), Decimal(1)), state=[{}])] * 2
+    memory = bench_rows.Draining(held, lambda: None)
+    like = torch.full((1,), float("nan"))
+    for made in memory.swap(0, like, (2, 2, 64, 4), (2, 2, 64, 4)):
+        assert not made.any()
+
+
+def test_what_a_form_still_grows_by_is_counted_in_passes_of_few_steps():
+    scripted = Scripted(*[100] * 99)
+    one = measured("kivi", None, memory=scripted, new_tokens=40)
+    before, whole, after = one.once(2, 2), one.once(2, 40), one.once(2, 2, weigh=True)
+    assert before.alloc < whole.alloc == after.alloc
+    assert whole.peaks["decode"] == after.peaks["decode"] == 100 + 2 * whole.alloc
+    assert (
+        measured("quest", None, new_tokens=40).once(2, 2).alloc == measured("full", "1", new_tokens=40).once(2, 2).alloc
+    )
+
+
+def test_a_layer_written_out_is_told_from_what_is_stored():
+    done = measured("kivi:bits=4,group=8,residual=8", None).once(2, 6)
+    heads, width = MODEL.shapes.dims[0]
+    assert done.buffer == heads * width * (N + 6) * 4
+    stored = done.alloc - done.buffer
+    assert 0 < stored < 0.7 * heads * width * (N + 6) * 4 * MODEL.shapes.layers
+    assert measured("snapkv").once(2, 6).buffer == 0
+
+
+def test_a_reader_frees_nothing_and_says_so():
+    one = measured("quest:tokens=16,page=4,least=1,dense_layers=1", None)
+    full, record = measured("full", "1").once(1, 6), measure._measured(one, 1, None, lambda text: None)
+    assert record["flags"] == ["simulated"] and record["measured_ratio"] == 1
+    assert record["alloc_bytes"] == full.alloc
+    assert record["kv_bytes"]["end"] == full.end
+    assert 0 < record["kv_bytes"]["read"] < 0.9 * full.end
+
+
+def test_the_record_of_a_stored_form_has_its_bytes():
+    record = measure._measured(measured("kivi", None), 2, None, lambda text: None)
+    sizes = record["kv_bytes"]
+    assert record["status"] == "ok" and sizes["read"] is None and record["buffer_bytes"] > 0
+    assert 0 < sizes["kept"] < sizes["end"] < sizes["full"]
+    assert record["measured_ratio"] == round(sizes["kept"] / sizes["full"], 6)
+
+
+def test_a_model_that_lacks_what_a_method_needs_is_a_message(monkeypatch):
+    monkeypatch.setattr(measure.loader, "load_weights", lambda *_, **__: None)
+    monkeypatch.setattr(measure, "Model", lambda *_, **__: bare)
+    bare = tiny_llama()
+    bare.rope = None
+    with pytest.raises(KvcliError, match="lowrank cannot run on tiny: it lacks rotary positions"):
+        measure.measure(dataclasses.replace(job("lowrank", None), model="testbed"), lambda message: None)
 
 
 @pytest.mark.parametrize("method", ["snapkv:window=8", "h2o", "shotkv:queries=question", "streaming_llm"])

@@ -257,7 +257,7 @@ def test_the_shipped_profile_is_the_testbed_s_and_made_by_the_plain_command() ->
     again = measure(source, Settings(limit=12))
     assert shipped.model == fingerprint(source) == again.model
     assert shipped.fits(4, 4, 2) and shipped.samples == 64
-    assert {**shipped.how, "limit": 12, "with_needle": 12, "right": 12} == again.how
+    assert {**shipped.how, "limit": 12, "with_needle": 12, "right": 12, "dtype": "float32"} == again.how
     best = [
         max((x, layer, h) for layer, row in enumerate(p.heads) for h, x in enumerate(row)) for p in (shipped, again)
     ]

@@ -281,6 +281,42 @@ def test_a_paragraph_that_is_missing_is_named(tmp_path: Path) -> None:
         some("qa_1", 1, data_dir=data_dir)
 
 
+@pytest.mark.parametrize(
+    ("name", "path", "folder", "folders"),
+    [
+        ("qa_1", "rajpurkar/squad_v2", "squad", "squad, squad_v2"),
+        ("qa_2", "hotpotqa/hotpot_qa", "hotpotqa", "hotpotqa, hotpot_qa, distractor"),
+    ],
+)
+def test_missing_rows_name_the_task_the_data_set_and_their_place(
+    tmp_path: Path, name: str, path: str, folder: str, folders: str
+) -> None:
+    task, place = f"ruler_{name}", tmp_path / "data"
+    for there, what in (
+        (False, f"no folder {place}"),
+        (True, f"no sub-folder {folders}"),
+        (True, f"no file {place / folder / 'validation'}.jsonl"),
+    ):
+        if there:
+            place.mkdir() if not place.exists() else (place / folder).mkdir()
+        with pytest.raises(KvcliError) as caught:
+            some(name, 1, data_dir=str(place))
+        assert caught.value.what == f"{task} has no rows of {path}: {what}"
+        assert caught.value.given.startswith(f"--task {task} --data-dir {place}")
+        assert caught.value.fix == (
+            f"put them, one a line, into {place / folder / 'validation'}.jsonl, or leave --data-dir out"
+        )
+    (place / folder / "validation.jsonl").touch()
+    with pytest.raises(KvcliError, match="split 'validation' is empty") as caught:
+        some(name, 1, data_dir=str(place))
+    assert caught.value.given == f"--task {task}"
+    with pytest.raises(KvcliError) as caught:  # the tests set HF_HUB_OFFLINE
+        some(name, 1)
+    assert caught.value.what.startswith(f"{task}: the hub cannot be reached for data set {path}")
+    assert caught.value.given.startswith(f"--task {task}: {path}")
+    assert caught.value.fix == f"--data-dir DIR with {folder}/validation.jsonl in it"
+
+
 def test_documents_of_hotpotqa(tmp_path: Path) -> None:
     rows = [
         {

@@ -161,13 +161,48 @@ def test_merged_rows_read_other_values_than_evicted_ones() -> None:
     assert kl["snapkv:window=4"] != kl["snapkv:window=4+merge"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["snapkv+minicache", "h2o+merge+minicache:t=0.5", "random+minicache", "shotkv+minicache", "adakv+minicache",
+     "random_shot+minicache", "chunkkv+minicache"],
+)  # fmt: skip
+def test_layers_that_keep_other_tokens_are_not_merged(text: str) -> None:
+    """Before anything runs, with an evictor to take instead."""
+    with pytest.raises(KvcliError, match="keep the same tokens; those of") as found:
+        build(text)
+    assert text in found.value.given
+    build(found.value.fix)
+
+
+ALIKE = ["streaming_llm", "streaming_llm:sinks=0", "shotkv:scope=all-layers", "random_shot:scope=all-layers"]
+
+
+@pytest.mark.parametrize("evictor", ALIKE)
+def test_layers_that_keep_the_same_tokens_are_merged(evictor: str) -> None:
+    prompt = random_prompt(60, layers=4, dim=8)
+    for text in (f"{evictor}+minicache", f"{evictor}+merge+minicache:start=0"):
+        made = build(text)
+        ctx = context_for(made, prompt)
+        for size in (20, 35):
+            first, *others = positions_kept(made.select(ctx, Budget.of_size(size, 60, 4, 2)).kept, 2)
+            assert all(kept == first for kept in others)
+        positions = made.select(ctx, Budget.of_size(20, 60, 4, 2)).kept
+        assert len(storing.stored("minicache:start=0", ctx, positions)) == 4
+
+
+@pytest.mark.parametrize("text", ["snapkv+minicache:start=1", "chunkkv:reuse=2+minicache", "snapkv+lowrank"])
+def test_what_may_hold_the_same_tokens_is_not_refused(text: str) -> None:
+    """No layer is merged; whether layers that share a choice are paired, the model's depth decides."""
+    build(text)
+
+
 def test_layers_that_cannot_be_stored_fail_that_sample_alone_and_say_why() -> None:
-    """pyramidkv keeps other tokens in every layer, which minicache cannot merge."""
-    config = SweepConfig(methods=("pyramidkv:window=4+minicache", "snapkv:window=4"), ratios=("0.3",))
+    """Of four layers chunkkv lets the first three share a choice, and minicache merges the last two."""
+    config = SweepConfig(methods=("chunkkv:chunk=4,reuse=3,window=4+minicache", "snapkv:window=4"), ratios=("0.3",))
     sink, outcome = tiny.run(tiny.tiny_llama(layers=4), config, tiny.prompt_set([60]))
-    found = {r["method"]: r for r in sink.records}
-    assert found["snapkv:window=4"]["status"] == "ok"
-    assert "layers 2 and 3 kept different ones" in found["pyramidkv:window=4+minicache"]["error"]
+    found = {r["method"].partition(":")[0]: r for r in sink.records}
+    assert found["snapkv"]["status"] == "ok"
+    assert "layers 2 and 3 kept different ones" in found["chunkkv"]["error"]
     assert outcome.errors == 1
 
 

@@ -42,7 +42,13 @@ def test_heads_and_tokens_are_the_oracle_s(
         kept, flags, retrieving = duo_attention(prompt, budget(ratio, n), scores, **settings_of(text))
         assert lists(selection, prompt.kv_heads) == kept
         assert set(selection.flags) == flags
+        if retrieving == 6 and not size.everything:
+            retrieving = 0  # all of the prompt lies in the windows, which go on sliding
         assert (selection.notes["retrieval_heads"], selection.notes["of"]) == (retrieving, 6)
+        streams = [slides for layer in selection.facts for slides in layer["streams"].tolist()]
+        assert sum(streams) == 6 - retrieving
+        heads = [head for layer in kept for head in layer]
+        assert all(len(head) == n for head, slides in zip(heads, streams, strict=True) if not slides)
         total = sum(len(head) for layer in kept for head in layer)
         assert total <= size.model_total or "over_budget" in selection.flags
         if size.everything:
@@ -95,13 +101,35 @@ def test_the_authors_file_is_read_per_kv_head(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text, why", [
-    ("duo_attention:heads=optimise", "does not train"), ("duo_attention:heads=file", "needs the file"),
+    ("duo_attention:heads=optimise,profile=x", "by itself"), ("duo_attention:heads=file", "needs the file"),
     ("duo_attention:heads=other", "not one of its values"),
 ])  # fmt: skip
 def test_sources_that_are_not_there_are_refused(text: str, why: str) -> None:
     with pytest.raises(KvcliError, match=why) as e:
         build(text)
     assert "heads=" in e.value.fix
+
+
+def test_gates_that_kvcli_trained_are_asked_for_by_their_window() -> None:
+    text = "duo_attention:heads=optimise,sinks=1,recent=4"
+    assert build(text).needs() == {"head_profile:@gates:1,4"}
+    prompt, gates = random_prompt(50), [[0.6, 0.0], [1.0, 0.0], [0.25, 0.99]]
+    selection = build(text).select(with_profile(text, prompt, gates, "kv"), budget_for(prompt, "0.6"))
+    wanted, _, retrieving = duo_attention(prompt, budget("0.6", 50), gates, sinks=1, recent=4)
+    assert lists(selection, 2) == wanted and selection.notes["retrieval_heads"] == retrieving == 3
+    assert selection.notes["heads"] == "optimise"
+    assert [layer["streams"].tolist() for layer in selection.facts] == [[False, True], [False, True], [True, False]]
+    with pytest.raises(KvcliError, match="scores of kvcli profile-heads"):
+        build(text).select(with_profile(text, prompt, [[0.5] * 4] * 3), budget_for(prompt, "0.6"))
+
+
+def test_which_profile_it_was_is_noted() -> None:
+    prompt, text = random_prompt(50), "duo_attention:sinks=1,recent=4"
+    one, two = (
+        build(text).select(with_profile(text, prompt, scores_of(prompt, seed)), budget_for(prompt, "0.6")).notes
+        for seed in (0, 1)
+    )
+    assert one["profile"] != two["profile"] and len(one["profile"]) == 12
 
 
 def test_scores_of_another_kind_than_named_are_refused() -> None:

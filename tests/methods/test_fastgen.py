@@ -18,9 +18,10 @@ from kvcli.cache.budget import Budget
 from kvcli.config import SweepConfig
 from kvcli.engine.prefilling import passes
 from kvcli.engine.selecting import select
+from kvcli.methods import fastgen as module
 from kvcli.methods.catalog import build
 from kvcli.methods.context import Context, Region
-from kvcli.methods.fastgen import RULES, _is_punctuation
+from kvcli.methods.fastgen import RULES, _is_punctuation, _least, _share, _shares
 from tests.attention.test_bands import within_band
 from tests.attention.test_capture import eager_attentions
 from tests.engine import tiny
@@ -63,6 +64,7 @@ def assert_agrees(prompt: Prompt, recovery: float, *, dtype: torch.dtype = torch
     for layer, heads in enumerate(fastgen(prompt, punctuation(prompt), recovery, **shares)):
         for head, (sets, held) in enumerate(heads):
             fitting = [r for r in sorted(chosen(held, recovery)) if sets[r] == kept[layer][head]]
+            assert int(selection.facts[layer]["rule"][head]) in fitting
             assert fitting, (
                 f"{prompt.name} {text}: layer {layer}, KV head {head} keeps {kept[layer][head]}, held {held}"
             )
@@ -187,6 +189,47 @@ def test_bands_of_a_real_prompt_equal_eager_attention() -> None:
                 context.band_sum(layer, width), within_band(attention, width), atol=1e-6, rtol=1e-5
             )
     assert runs == [1, 21]
+
+
+# While generating; whole answers are compared in tests/engine/test_generating_own.py.
+
+
+def test_generation_begins_with_column_sums_and_with_what_tokens_are() -> None:
+    prompt = random_prompt(30, kv_heads=2, group=2)
+    method, context = build("fastgen"), context_of(prompt)
+    special = {p for kind, start, end, _ in prompt.layout if kind == "special" for p in range(start, end)}
+    kinds = [(p in special) + 2 * (p in punctuation(prompt)) for p in range(30)]
+    assert {0, 2, 3} <= set(kinds)
+    for layer in range(prompt.layers):
+        state = method.decode_start(context, layer)
+        assert state["kind"].tolist() == [kinds, kinds]
+        for head in range(2):
+            sums = [sum(float(prompt.attention[layer][h, :, p].sum()) for h in (2 * head, 2 * head + 1)) / 2
+                    for p in range(30)]  # fmt: skip
+            assert state["received"][head].tolist() == pytest.approx(sums, abs=1e-12)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.3, 0.35, 0.5, 0.123, 1.0])
+def test_shares_of_many_lengths_round_half_up(part: float) -> None:
+    lengths = list(range(60))
+    assert _shares(part, torch.tensor(lengths)).tolist() == [_share(part, n) for n in lengths]
+
+
+@pytest.mark.parametrize("few", [0, 3, 100])
+def test_the_smallest_are_found_one_by_one_and_by_sorting(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many equal sums: the newest of them leaves first, whatever its slot."""
+    monkeypatch.setattr(module, "_FEW", few)
+    draw = np.random.default_rng(few)
+    received = torch.tensor(draw.integers(0, 4, (3, 2, 25)).astype(float))
+    position = torch.tensor(np.stack([draw.permutation(25) for _ in range(6)]).reshape(3, 2, 25))
+    among = torch.tensor(draw.random((3, 2, 25)) < 0.6)
+    count = torch.tensor(draw.integers(-2, 6, (3, 2, 1)))
+    got = _least(received, position, among, count)
+    for r in range(3):
+        for g in range(2):
+            slots = [s for s in range(25) if among[r, g, s]]
+            slots.sort(key=lambda s: (float(received[r, g, s]), -int(position[r, g, s])))
+            assert got[r, g].nonzero()[:, 0].tolist() == sorted(slots[: max(0, int(count[r, g]))])
 
 
 def test_a_sweep_makes_one_cell_of_it() -> None:

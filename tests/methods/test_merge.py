@@ -13,6 +13,7 @@ from torch import Tensor
 from kvcli.cache.budget import Budget
 from kvcli.cache.rows import head_positions
 from kvcli.engine.asking import _merged
+from kvcli.errors import KvcliError
 from kvcli.methods.base import Merge
 from kvcli.methods.catalog import build
 from kvcli.methods.composed import merge_of
@@ -175,3 +176,18 @@ def test_16_bit_pairs_are_merged_in_float32(text: str, dtype: torch.dtype) -> No
             assert y.dtype == dtype
             far = (x - y.double()).abs() > 4 * torch.finfo(dtype).eps * x.abs().clamp_min(1)
             assert far.double().mean() < 0.1  # a pair at the threshold or at its probability may fall either way
+
+
+@pytest.mark.parametrize("evictor", ["h2o", "streaming_llm", "duo_attention"])
+def test_only_cam_makes_a_method_read_attention_while_generating(evictor: str) -> None:
+    plain = build(evictor).decode_reads
+    assert build(f"{evictor}+merge").decode_reads is bool(plain)
+    assert build(f"{evictor}+merge:style=cam").decode_reads is True
+    assert build(f"{evictor}+merge").decodes() is build(evictor).decodes()
+
+
+@pytest.mark.parametrize("text", ["merge:style=cam,weights=cosine", "merge:style=cam,beta=0.2", "merge:window=8"])
+def test_a_setting_of_the_other_style_is_refused(text: str) -> None:
+    with pytest.raises(KvcliError, match="has no effect without style=") as found:
+        build(f"h2o+{text}")
+    build(f"h2o+{found.value.fix}")

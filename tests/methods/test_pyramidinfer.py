@@ -22,6 +22,7 @@ from kvcli.attention.capture import Needs
 from kvcli.cache.budget import Budget
 from kvcli.errors import KvcliError
 from kvcli.methods.catalog import build
+from kvcli.methods.generating import Generating
 from kvcli.methods.pyramidinfer import Pyramid, PyramidInfer
 from kvcli.models import pruned_prefill as passes
 from kvcli.models.pruned_prefill import Pruned, pruned_prefill
@@ -210,7 +211,7 @@ def whole_forward(model: Model, ids: list[int], sizes: list[int], newest: int) -
     hidden = hf.embed_tokens(torch.tensor([ids]))
     cos, sin = (x[0] for x in hf.rotary_emb(hidden, torch.arange(n)[None]))
     hidden, alive = hidden[0], list(range(n))
-    keys, values, positions = [], [], []
+    keys, values, positions, state = [], [], [], []
     for number, layer in enumerate(hf.layers):
         x, att = layer.input_layernorm(hidden), layer.self_attn
         q, k, v = (p(x).view(n, -1, att.head_dim).transpose(0, 1) for p in (att.q_proj, att.k_proj, att.v_proj))
@@ -226,11 +227,20 @@ def whole_forward(model: Model, ids: list[int], sizes: list[int], newest: int) -
         keys.append(k[:, alive])
         values.append(v[:, alive])
         positions.append(torch.tensor(alive))
+        among = p[:, alive][:, :, alive].numpy()
+        state.append({"recent": torch.tensor(ring_of(among, newest, n))})
         if number + 1 < len(sizes):
-            among = p[:, alive][:, :, alive].numpy()
             going = going_on(score(among, newest), len(alive), sizes[number + 1], newest)
             alive = [alive[i] for i in going]
-    return Pruned(keys, values, positions, model.hf.lm_head(hf.norm(hidden[-1])))
+    return Pruned(keys, values, positions, model.hf.lm_head(hf.norm(hidden[-1])), state=state)
+
+
+def ring_of(attention: np.ndarray, newest: int, n: int) -> np.ndarray:
+    """[1, m, newest]: what each of the last queries of n tokens gave to each key; query i's place is i mod newest."""
+    out = np.zeros((1, attention.shape[2], newest))
+    for back in range(newest):
+        out[0, :, (n - 1 - back) % newest] = attention[:, -1 - back].mean(0)
+    return out
 
 
 @pytest.mark.parametrize("n, ratio", [(50, "0.77"), (50, "0.4"), (90, "0.62"), (90, "0.28"), (33, "0.1"), (3, "0.7")])
@@ -239,13 +249,16 @@ def test_the_prefill_equals_a_whole_forward_pass_under_masks(exact: None, kv_hea
     model = tiny.tiny_llama(torch.float64, layers=5, kv_heads=kv_heads)
     ids, size = tiny.prompt(n, n).ids, budget_of(n, 5, ratio, kv_heads=kv_heads)
     method = PyramidInfer(context=8)
-    done = pruned_prefill(model, ids, method, size)
+    done = pruned_prefill(model, ids, method, size, decode=True)
     plan = method.prefill_start(size)
     want = whole_forward(model, ids, plan.sizes, plan.recent)
     assert [len(p) for p in done.positions] == plan.sizes
     assert [p.tolist() for p in done.positions] == [p.tolist() for p in want.positions]
     for got, truth in zip((*done.keys, *done.values), (*want.keys, *want.values), strict=True):
         torch.testing.assert_close(got, truth, atol=1e-10, rtol=0)
+    for mine, theirs in zip(done.state, want.state, strict=True):
+        torch.testing.assert_close(mine["recent"], theirs["recent"], atol=1e-10, rtol=0)
+    assert done.facts == {"recent": plan.recent}
     assert done.logits.dtype == torch.float32
     torch.testing.assert_close(done.logits, want.logits.float(), atol=1e-6, rtol=0)
     assert done.flags == plan.flags
@@ -300,6 +313,44 @@ def test_prompts_one_after_the_other_do_not_mix() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.positions, again.positions, strict=True))
     plain = model.prefill([tiny.prompt(70, 70).ids], Needs(), [0])
     assert [k.shape[2] for k in plain.keys] == [70] * 4, "hooks were left on the model"
+
+
+def test_prefills_of_a_pass_begin_to_generate_as_alone(exact: None) -> None:
+    model, ids = tiny.tiny_llama(torch.float64, layers=4), tiny.prompt(60, 3).ids
+    method = PyramidInfer(context=4)
+    asked = [passes.Asked(method, budget_of(60, 4, ratio), decode) for ratio, decode in
+             (("0.5", True), ("0.7", False), ("0.3", True))]  # fmt: skip
+    together = passes.pruned_prefills(model, ids, asked)
+    assert together[1].state == []
+    for one, done in zip(asked, together, strict=True):
+        alone = pruned_prefill(model, ids, *one)
+        assert len(alone.state) == len(done.state) == 4 * one.decode
+        for a, b in zip(alone.state, done.state, strict=True):
+            torch.testing.assert_close(a["recent"], b["recent"], atol=1e-10, rtol=0)
+
+
+def test_the_newest_queries_vote_with_rising_weights() -> None:
+    """By hand: three voters, queries 10 to 12, of weights 1, 1.5 and 2; the sink leaves after the others."""
+    method, held = PyramidInfer(weight=2.0, sinks=1), [0, 4, 5, 9, 10, 11, 12, -1]
+    given = {4: (0.5, 0.2, 0.1), 5: (0.1, 0.2, 0.5), 9: (0.3, 0.3, 0.0)}
+    ring = torch.zeros(1, 1, 8, 4)  # a row beside it has four voters
+    for slot, p in enumerate(held):
+        for query, weight in zip((10, 11), given.get(p, (0, 0)), strict=False):
+            ring[0, 0, slot, query % 3] = weight
+        ring[0, 0, slot, 12 % 3] = 99  # the one before: query 9
+    newest = torch.tensor([[given.get(p, (0, 0, 0))[2] for p in held]])
+    view = Generating(
+        layer=0, heads=2, position=torch.tensor([[held, held]]), competing=torch.tensor([[[p >= 0 for p in held]] * 2]),
+        attention=torch.stack([newest * 2, newest * 0], 1), n=torch.tensor([[[10]]]), newest=torch.tensor([[[12]]]),
+        cap=torch.tensor([[[5]]]), counts=torch.tensor([[[True]]]), state={"recent": ring},
+        facts={"recent": torch.tensor([[3, 3]])},
+    )  # fmt: skip
+    method.decode_update(view)
+    rank = method.decode_rank(view)
+    assert rank[0, 0].tolist() == rank[0, 1].tolist()
+    assert rank[0, 0, 1:4].tolist() == pytest.approx([0.5 + 0.3 + 0.2, 0.1 + 0.3 + 1.0, 0.3 + 0.45])
+    assert 1e30 < rank[0, 0, 0] < float("inf")
+    assert rank[0, 0, 4:7].tolist() == [float("inf")] * 3
 
 
 # What goes wrong is said.

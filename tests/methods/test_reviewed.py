@@ -220,4 +220,4 @@ def test_a_window_that_was_not_asked_for_is_named(prompt_of: Callable[..., Promp
 def test_a_setting_of_the_base_is_spelled_out() -> None:
     with pytest.raises(KvcliError) as caught:
         build("adakv:base=h2o,reduce=max")
-    assert caught.value.fix == "base.reduce=max"
+    assert caught.value.fix == "adakv:base.reduce=max"
