@@ -66,9 +66,10 @@ endef
 	@$(call install,dev)
 
 demo: .venv ## sweep the testbed model, print the table, draw it into runs/demo
-	@$(BIN)/kvcli sweep --preset demo --out runs/demo
+	@export KVCLI_NO_NEXT=1
+	$(BIN)/kvcli sweep --preset demo --out runs/demo
 	$(BIN)/kvcli plot runs/demo
-	$(BIN)/kvcli report runs/demo >/dev/null
+	env -u KVCLI_NO_NEXT $(BIN)/kvcli report runs/demo >/dev/null
 	echo "report: runs/demo/report.md     (. $(BIN)/activate puts kvcli on the PATH)"
 
 test: .venv-dev ## the test suite, without slow tests

@@ -1,4 +1,6 @@
-"""Draws the figures of the README from a run of the testbed, for light and dark pages, in 256 colours.
+"""Draws the figures of the README from a run of the testbed, for light and dark pages.
+
+Lines are stored in 256 colours; a heat map is not, because fewer would tilt its scale.
 
 kvcli sweep --method tier1 --ratio 0.1..0.9:0.2 --limit 100 --out runs/first
 python docs/figures.py runs/first
@@ -24,16 +26,19 @@ FIGURES = {"testbed": ("difference", ()), "testbed-heatmap": ("heatmap", ("0.1",
 """File name -> kind, and the requested ratios where not all are shown."""
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, images: Path = IMAGES) -> None:
     run = load_run(folder)
     for name, (kind, ratios) in FIGURES.items():
         part = filtered(run, (), (), [Decimal(ratio) for ratio in ratios])
         for theme in THEMES:
             with tempfile.TemporaryDirectory() as temporary:
-                plot(part, Path(temporary), ("png",), kinds=chosen([kind]), look=style("screen", theme))
-                picture = Image.open(Path(temporary) / f"{kind}-compressed.png").convert("RGB")
+                look = style("screen", theme)
+                first, *_ = plot(part, Path(temporary), ("png",), kinds=chosen([kind]), look=look, whole=run)
+                picture = Image.open(first).convert("RGB")
             suffix = "" if theme == "light" else f"-{theme}"
-            picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(IMAGES / f"{name}{suffix}.png", optimize=True)
+            if kind != "heatmap":
+                picture = picture.quantize(256, Image.Quantize.MAXCOVERAGE)
+            picture.save(images / f"{name}{suffix}.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,8 @@ def test_bugs_keep_their_traceback(kvcli, failing):
         (["list", "cows"], "unknown kind 'cows'", "kvcli list methods"),
     ],
 )
-def test_usage_errors_have_the_same_shape(kvcli, args, what, fix):
+def test_usage_errors_have_the_same_shape(kvcli, tmp_path, monkeypatch, args, what, fix):
+    monkeypatch.chdir(tmp_path)  # where no runs lie: else the newest is offered
     done = kvcli(*args)
     first, given, advice = done.err.splitlines()
     assert done.code == 2

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from kvcli.analysis import names, published, wording
 from kvcli.analysis.load import Run
-from kvcli.analysis.marked import Bullets, Grid, Paragraph, Section, code, section, user
+from kvcli.analysis.marked import Bullets, Grid, Paragraph, Section, code, section
 from kvcli.analysis.published import Published
-from kvcli.analysis.tables import DENSE, FULL, CellSummary, TaskTable
+from kvcli.analysis.table import DENSE, FULL, CellSummary, TaskTable
 from kvcli.analysis.verdict_text import named
 from kvcli.errors import KvcliError
 
@@ -40,11 +40,14 @@ def against_section(run: Run, tables: Sequence[TaskTable]) -> Section:
     notes = published.notes()
     explained = (
         "Change: relative to full, as the paper prints it. Its prompts, templates and settings were not published, so "
-        "a score that differs proves neither wrong; it states no intervals and rarely a number of samples."
+        "a score that differs proves neither wrong; it states no intervals and rarely a number of samples. Intervals "
+        "are of each cell alone, unadjusted."
     )
-    head = ("task", "method", "asked", "printed", "its change", "here [95 %]", "change here", "n", "notes")
+    head = (
+        "task", "method", "asked", "printed", "its change", "here [95 %]", "outputs here", "change here", "n", "notes",
+    )  # fmt: skip
     return section(
-        "against", title, Paragraph(explained), Grid(head, rows, frozenset({3, 4, 5, 6, 7})),
+        "against", title, Paragraph(explained), Grid(head, rows, frozenset({3, 4, 5, 7, 8})),
         Bullets.of([f"{letter}: {notes[letter]}" for letter in sorted(letters)]),
     )  # fmt: skip
 
@@ -65,7 +68,7 @@ def _row(
     return [
         named(table, tables), code(cell.label), "" if row.method == FULL else cell.column, row.printed,
         "" if theirs is None else wording.relative(theirs),
-        f"{cell.score:.4f} {wording.score_interval(cell.interval)}",
+        f"{cell.score:.4f} {wording.score_interval(cell.interval)}", wording.outputs(cell),
         wording.relative(cell.relative) if cell.difference else "", str(cell.n), " ".join(row.notes),
     ]  # fmt: skip
 
@@ -76,6 +79,6 @@ def _nothing(run: Run, tables: Sequence[TaskTable]) -> str:
         models = ", ".join(map(code, published.models()))
         return f"The paper prints nothing of {code(run.model)}. Its models: {models}."
     grid = sorted({(row.task, row.shots) for row in known})
-    had = ", ".join(f"{code(task)} with {shots} shots" for task, shots in grid)
-    mine = ", ".join(f"{code(t.task)} with {user(t.shots)} shots" for t in tables)
+    had = ", ".join(f"{code(task)} with {wording.shots(shots)}" for task, shots in grid)
+    mine = ", ".join(code(t.task) + (f" with {wording.shots(t.shots)}" if t.shots is not None else "") for t in tables)
     return f"No cell of this run is one of the paper's. Of this model it prints {had}; here are {mine}."

@@ -22,6 +22,7 @@ Floats = NDArray[np.floating[Any]]
 
 TITLES = {
     "keys_90": "share of keys with 90 %", "keys_95": "share of keys with 95 %", "entropy": "entropy (nats)",
+    "entropy_share": "entropy (1: evenly spread)",
     "sink_mass": "mass of the sinks", "local_mass": "local mass",
 }  # fmt: skip
 QUERIES = {"all": "all queries", "question": "the question's queries"}
@@ -99,21 +100,32 @@ class Atlas:
         last = name == "question" and "question" not in kinds_there(self)
         return "the last token's query" if last else QUERIES[name]
 
+    def measured(self, name: str) -> str:
+        """Whose attention the measures are of: '256 of 2,884 queries' where only some were looked at."""
+        every = [(p["measured"][name], p["queries"][name]) for p in self.prompts]
+        if all(some >= whole - self.meta["sinks"] for some, whole in every):
+            return self.queries(name)
+        ranges = [sorted({pair[i] for pair in every}) for i in (0, 1)]
+        some, whole = (" to ".join(f"{v:,}" for v in dict.fromkeys((r[0], r[-1]))) for r in ranges)
+        return f"{some} of {whole} queries" if name == "all" else f"{some} of the question's {whole} queries"
+
     def counted(self, group: int | None = None) -> str:
         """'n = 4 prompts', of one group or of each."""
         counts = [g["samples"] for g in self.groups] if group is None else [self.groups[group]["samples"]]
         low, high = min(counts), max(counts)
-        each = " per task" if len(counts) > 1 else ""
+        tasks = [g["task"] for g in self.groups]
+        each = "" if len(counts) == 1 else " per task" if len(set(tasks)) == len(tasks) else " each"
         if low != high:
             return f"n = {low} to {high} prompts{each}"
         return f"n = {low} prompt{'s' * (low != 1)}{each}"
 
 
 def cell_label(entry: Mapping[str, Any]) -> str:
-    """'snapkv, ratio 0.2'."""
+    """'snapkv, ratio 0.2'; 'snapkv, ratio 0.2, agnostic' of what was chosen before the question was known."""
     size = f", ratio {entry['ratio']}" if entry["ratio"] not in (None, "1") else ""
     size += f", budget {entry['budget']}" if entry["budget"] else ""
-    return f"{entry['method']}{size}" + (f", seed {entry['seed']}" if entry["seed"] else "")
+    size += f", seed {entry['seed']}" if entry["seed"] else ""
+    return f"{entry['method']}{size}" + (", agnostic" if entry.get("query") == "agnostic" else "")
 
 
 def write(atlas: Atlas, folder: Path) -> list[Path]:

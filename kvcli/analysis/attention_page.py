@@ -13,11 +13,18 @@ from typing import Any
 import numpy as np
 
 from kvcli.analysis.attention import TITLES, Atlas, Floats, cell_label, kinds_there, region_title
+from kvcli.analysis.attention_curves import curve_panels
+from kvcli.analysis.attention_even import even_shots
+from kvcli.analysis.attention_sheet import THROWN
 
 UNITS = 2048
 """Tokens, or groups of them, that are written out."""
-RECEIVED, SMALL, KEPT = 700_000, 1_600_000, 500_000
-"""Numbers of each kind in a page; beyond, heads are averaged, then tokens taken together."""
+RECEIVED, SMALL, KEPT, LARGE, SHOTS = 800_000, 1_050_000, 500_000, 300_000, 150_000
+"""Numbers of each kind in a page, which stays under 5 MB. Beyond, up to TOGETHER tokens are taken together, then heads
+averaged, then more tokens taken together."""
+TOGETHER = 4
+LARGEST = 256
+"""Blocks of the chosen head's map."""
 DECADES, SMALL_DECADES = 8, 5
 """Of the logarithmic scales that numbers are stored in: 16 bit for what tokens receive, 8 bit for maps."""
 
@@ -29,7 +36,7 @@ def page(atlas: Atlas) -> str:
     environment = Environment(loader=PackageLoader("kvcli"), autoescape=True, keep_trailing_newline=True)
     template = environment.get_template("attention.html.j2")
     title = f"Attention of {atlas.model}"
-    return template.render(title=title, data=script_json(page_data(atlas)))
+    return template.render(title=title, thrown=THROWN, data=script_json(page_data(atlas)))
 
 
 def script_json(value: Any) -> str:
@@ -49,6 +56,7 @@ def page_data(atlas: Atlas) -> dict[str, Any]:
         "sets": [[name, atlas.queries(name)] for name in meta["sets"]],
         "decades": DECADES, "smallDecades": SMALL_DECADES, "sinks": meta["sinks"], "local": meta["local"],
         "groups": [{"label": g["label"], "n": g["samples"]} for g in atlas.groups], "grids": _grids(atlas),
+        "curves": [_curves(atlas, name) for name in meta["sets"]],
         "prompts": [_prompt(atlas, i) for i in atlas.shown],
     }  # fmt: skip
 
@@ -71,10 +79,10 @@ def _grids(atlas: Atlas) -> list[dict[str, Any]]:
 def _prompt(atlas: Atlas, prompt: int) -> dict[str, Any]:
     facts, count = atlas.prompts[prompt], len(atlas.shown)
     received = atlas.of(prompt, "received").astype(float)  # [S, L, H or 1, units]
-    if received.size * count > RECEIVED:
+    if -(-received.size * count // RECEIVED) > TOGETHER:
         received = received.mean(2, keepdims=True)
     unit = facts["unit"]
-    more = -(-received.size * count // RECEIVED)  # a prompt that is still too long is shown in larger units
+    more = -(-received.size * count // RECEIVED)
     received, unit = _wider(received, more), unit * more
     small = atlas.of(prompt, "small").astype(float)
     if small.size * count > SMALL:
@@ -83,8 +91,52 @@ def _prompt(atlas: Atlas, prompt: int) -> dict[str, Any]:
         "name": atlas.named(prompt), "group": facts["group"], "n": facts["n"], "unit": unit, "small": facts["small"],
         "hidden": facts["hidden"], "regions": facts["regions"], "tokens": _texts(facts, unit),
         "queries": facts["queries"], "received": _packed(received, DECADES, np.uint16),
-        "map": _packed(small, SMALL_DECADES, np.uint8), "kept": _kept(atlas, prompt, unit),
+        "map": _packed(small, SMALL_DECADES, np.uint8), **_large(atlas, prompt, small.shape[-1]),
+        **_shots(atlas, prompt), "unknown": facts.get("unknown", []), "kept": _kept(atlas, prompt, unit),
     }  # fmt: skip
+
+
+def _large(atlas: Atlas, prompt: int, least: int) -> dict[str, Any]:
+    """The chosen head's own map, where it is finer than the small ones: in blocks of whole blocks of the data."""
+    facts, mean = atlas.prompts[prompt], atlas.of(prompt, "map_mean").astype(float)
+    most = min(LARGEST, int((LARGE / len(atlas.shown)) ** 0.5))
+    step = -(-len(mean) // most)
+    if -(-len(mean) // step) <= least:
+        return {}
+    pairs = _pairs(len(mean), facts["block"], facts["n"])
+    with np.errstate(invalid="ignore"):
+        pooled = _blocks(np.nan_to_num(mean) * pairs, step) / _blocks(pairs, step)
+    return {"large": _packed(pooled, SMALL_DECADES, np.uint8), "largeBlock": facts["block"] * step}
+
+
+def _pairs(count: int, block: int, n: int) -> Floats:
+    """[count, count]: pairs of a query and a key it sees in each block."""
+    starts = np.arange(count) * block
+    seen = np.clip(np.arange(n)[:, None] + 1 - starts, 0, block).astype(float)
+    return np.add.reduceat(seen, starts, 0)
+
+
+def _blocks(values: Floats, step: int) -> Floats:
+    edges = np.arange(0, len(values), step)
+    return np.asarray(np.add.reduceat(np.add.reduceat(values, edges, 0), edges, 1))
+
+
+def _shots(atlas: Atlas, prompt: int) -> dict[str, Any]:
+    """What each shot receives per layer and head, and what it would receive of evenly spread attention."""
+    mass = atlas.of(prompt, "shot_mass").astype(float)  # [S, shots, L, H]
+    if not mass.shape[1] or mass.size * len(atlas.shown) > SHOTS:
+        return {}
+    even = [np.round(even_shots(atlas, prompt, name), 6).tolist() for name in atlas.meta["sets"]]
+    return {"shots": _packed(mass, SMALL_DECADES, np.uint16), "shotsEven": even}
+
+
+def _curves(atlas: Atlas, queries: str) -> list[dict[str, Any]]:
+    """The panels of cumulative curves: [points] in percent, per group and of evenly spread attention."""
+    return [
+        {"title": p.title, "subtitle": p.subtitle, "even": np.round(p.even, 2).tolist(),
+         "lines": [{"label": line.label, "y": np.round(line.y, 2).tolist()} for line in p.lines]}
+        for p in curve_panels(atlas, queries)
+    ]  # fmt: skip
 
 
 def _texts(facts: dict[str, Any], unit: int) -> list[str] | None:

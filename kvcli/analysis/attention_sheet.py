@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
+from kvcli.analysis.figures.style import Style
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -14,33 +16,58 @@ REGION_COLOURS = {
 }  # fmt: skip
 SECOND_SHOT = "#F3C868"
 """Every other shot: where one ends is seen."""
-SHADES = "YlGnBu"
-"""Light to dark in print and apart for colour-blind readers (ColorBrewer)."""
+SHADES = {"light": "YlGnBu", "dark": "YlGnBu_r"}
+"""By theme, from the page's own shade on; apart in print and for colour-blind readers (ColorBrewer)."""
+THROWN = {
+    "light": {"all": "#56B4E9", "question": "#332288"}, "dark": {"all": "#56B4E9", "question": "#B9AEF5"},
+}  # fmt: skip
+"""By theme: attention thrown away, by whose it is; the same in figures and on the page."""
 COLUMNS = 3
 LONGEST = 36
 """Characters of a name in a legend."""
 
 
 class Sheet:
-    """A figure of rows x columns panels of a size in inches. gaps: inches between columns and rows."""
+    """A figure of rows x columns panels of a size in inches. gaps: inches between columns and rows.
+
+    Of `--style paper` the figure is as wide as one or two columns of a print page, and panels that do not fit are made
+    narrower (square: smaller). `size` is what they came to.
+    """
 
     LEFT, RIGHT = 0.62, 0.25
 
     def __init__(
-        self, title: str, subtitle: str, rows: int, columns: int, size: tuple[float, float],
+        self, look: Style, title: str, subtitle: str, rows: int, columns: int, size: tuple[float, float],
         *, gaps: tuple[float, float], top: float, bottom: float, left: float = LEFT, right: float = RIGHT,
+        square: bool = False,
     ) -> None:  # fmt: skip
         from matplotlib.figure import Figure
 
-        self.size, self.gaps, self.left = size, gaps, left
-        self.width = max(4.4, left + columns * size[0] + (columns - 1) * gaps[0] + right)
+        self.look, self.gaps, self.left = look, gaps, left
+        beside = left + (columns - 1) * gaps[0] + right
+        self.width = max(4.4, beside + columns * size[0])
+        if look.width is not None:
+            self.width = look.width[self.width > look.width[0]]
+            wide = min(size[0], (self.width - beside) / columns)
+            size = (wide, wide if square else size[1])
+        self.size = size
         title, subtitle = fill(plain(title), int(9.5 * self.width)), fill(plain(subtitle), int(14.5 * self.width))
         head = 0.16 + 0.18 * (title.count("\n") + 1) + 0.14 * (subtitle.count("\n") + 1)
         self.top = head + top
         self.height = self.top + rows * size[1] + (rows - 1) * gaps[1] + bottom
         self.figure = Figure(figsize=(self.width, self.height))
         self.text(0.14, 0.11, title, fontsize=10.5, fontweight="bold", va="top")
-        self.text(0.14, 0.15 + 0.18 * (title.count("\n") + 1), subtitle, fontsize=8, color="#444444", va="top")
+        self.text(0.14, 0.15 + 0.18 * (title.count("\n") + 1), subtitle, fontsize=8, color=look.theme.muted, va="top")
+
+    @property
+    def columns(self) -> int:
+        """Columns of an image that a panel can show, each at least a pixel wide."""
+        return int(0.97 * self.size[0] * self.look.dpi)
+
+    def sharp(self, columns: int) -> None:
+        """More pixels per inch where a panel's image has more columns than pixels."""
+        if columns > self.columns:
+            self.figure.set_dpi(int(columns / (0.97 * self.size[0])) + 1)
 
     def text(self, x: float, y: float, text: str, **style: Any) -> None:
         """At inches from the left and the top."""
@@ -75,6 +102,13 @@ def legend_columns(labels: Sequence[str], width: float) -> int:
 
 def columns_of(panels: int) -> int:
     return 2 if panels == 4 else min(COLUMNS, panels)
+
+
+def whole_ticks(axis: Any, most: int) -> None:
+    """At most so many ticks, at whole numbers, even where there is room for one number alone."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
 
 
 def plain(text: str) -> str:

@@ -85,7 +85,7 @@ class _Part:
     interval: Interval | None
     influence: Floats
     resamples: Floats | None
-    """[RESAMPLES]; None where too few units are there or changed for resamples to say much."""
+    """[RESAMPLES]; None where too few units are there, changed or differ for resamples to say much."""
 
 
 def _of_difference(task: Scores, number: int) -> _Part:
@@ -114,8 +114,10 @@ def _of_retention(task: Scores, number: int) -> _Part | None:
 def _drawn(task: Scores, number: int) -> Floats | None:
     """[RESAMPLES, 3] per resample the mean over units of compressed, full and size, in an order of the task's own: the
     tasks are drawn apart from each other."""
-    changed, _ = spread.unit_sums((task.compressed != task.full).astype(np.float64), spread.clustered(task.clusters))
-    if len(changed) < MIN_UNITS or np.count_nonzero(changed) < stats.MIN_NONZERO:
+    codes = spread.clustered(task.clusters)
+    changed, _ = spread.unit_sums((task.compressed != task.full).astype(np.float64), codes)
+    alike = spread.spread(task.compressed - task.full, codes, -1.0, 1.0).alike
+    if len(changed) < MIN_UNITS or np.count_nonzero(changed) < stats.MIN_NONZERO or alike:
         return None
     drawn = draw([task])[0].drawn if task.drawn is None else task.drawn
     return None if drawn is None else drawn[np.random.default_rng((stats.SEED, number)).permutation(len(drawn))]

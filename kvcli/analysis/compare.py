@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from kvcli.analysis import stats, wording
+from kvcli.analysis import phrases, stats, wording
 from kvcli.analysis.family import Family
 from kvcli.analysis.findings import Data
 from kvcli.analysis.marked import Bullets, Grid, Paragraph, Section, code, section, user
 from kvcli.analysis.stats import Difference
-from kvcli.analysis.tables import CellSummary, TaskTable
+from kvcli.analysis.table import FULL, CellSummary, TaskTable
 from kvcli.analysis.verdict_text import named
 from kvcli.analysis.verdicts import MARGIN, Kind, Verdict, judge_all
 from kvcli.results.schema import prompts_name
 
+MOST_NAMED = 3
+"""So many things in which two runs differ are named; the others are counted."""
+MOST_LOST = 8
+"""So many cells of one verdict are named with their numbers; the others are in the table."""
 SAME_MODEL = ("model", "revision")
 SAME_PROMPTS = ("tokenizer", "template", "system", "thinking", "truncate")
 SAME_ANSWERS = ("temperature", "top_p", "max_new_tokens", "ignore_eos")
@@ -36,13 +41,13 @@ class Both:
 def compare_section(first: Data, second: Data, margin: float = MARGIN) -> Section:
     """Every cell of the same task, prompts, method and size that both have; first - second where it may be paired."""
     title = f"Compared with {second.run.name}"
-    reason = unlike_models(first, second)
-    found = [both for table in first.tables for both in _cells(first, second, table, reason)]
+    reasons = unlike_models(first, second)
+    found = [both for table in first.tables for both in _cells(first, second, table, reasons)]
     if not found:
         return section(
             "compared",
             title,
-            Paragraph("The runs have no task with the same mode and shots, method and size in common."),
+            Paragraph("The runs have no task with the same mode and shots in common."),
         )
     paired = [both for both in found if both.difference is not None]
     refused: dict[str, list[str]] = {}
@@ -50,6 +55,7 @@ def compare_section(first: Data, second: Data, margin: float = MARGIN) -> Sectio
         if both.why:
             refused.setdefault(both.why, []).append(named(both.table, first.tables))
     notes = [f"Not paired, because {why}: {', '.join(dict.fromkeys(tasks))}." for why, tasks in refused.items()]
+    notes += _other_profiles(first, second, found)
     verdicts = judge_all([both.difference for both in paired], Family(max(len(paired), 1), planned=False), margin)
     said = dict(zip(map(id, paired), verdicts, strict=True))
     rows = [_row(both, said.get(id(both)), first) for both in found]
@@ -59,12 +65,90 @@ def compare_section(first: Data, second: Data, margin: float = MARGIN) -> Sectio
         f"to its full, {theirs}", "first - second, points [simultaneous]", "verdict",
     )  # fmt: skip
     explained = (
-        f"First is {mine} ({code(first.run.model)}), second {theirs} ({code(second.run.model)}). Paired: same model, "
-        f"same prompts, same samples; the {len(paired)} paired differences are a family of their own (intervals hold "
-        "together, p is Holm-adjusted). Differences to full are each run's own, unadjusted."
+        f"First is {mine} ({code(first.run.model)}), second {theirs} ({code(second.run.model)}). "
+        f"{_paired(len(paired))} Differences to full are each run's own, unadjusted."
     )
     grid = Grid(head, rows, frozenset({3, 4, 5, 6, 7}))
-    return section("compared", title, Bullets.of(notes) if notes else None, Paragraph(explained), grid)
+    lines = [*_nothing_shared(first, second, found), *_verdicts(paired, said, first), *notes]
+    return section("compared", title, Bullets.of(lines) if lines else None, Paragraph(explained), grid)
+
+
+def _nothing_shared(first: Data, second: Data, found: Sequence[Both]) -> list[str]:
+    """Why there is nothing but `full` to compare: other methods, or the same ones at other sizes."""
+    if any(both.first.column != FULL for both in found):
+        return []
+    tasks = {both.table.task for both in found}
+    here, there = ([c for t in d.tables if t.task in tasks for c in t.cells()] for d in (first, second))
+    mine, theirs = (dict.fromkeys(cell.label for cell in cells) for cells in (here, there))
+    shared = mine.keys() & theirs.keys()
+    if not shared:
+        return [f"No method in common: {_names(mine)} / {_names(theirs)}."]
+    sizes = (dict.fromkeys(c.column for c in cells if c.label in shared) for cells in (here, there))
+    both = [label for label in mine if label in shared]
+    return [f"No size in common of {_names(both)}: {' / '.join(map(_names, sizes))}."]
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(map(code, names)) or "none"
+
+
+def _verdicts(paired: Sequence[Both], said: Mapping[int, Verdict | None], first: Data) -> list[str]:
+    """One line for each kind of verdict: what is established by name, the others as a number."""
+    lines = []
+    judged = [(both, verdict) for both in paired if (verdict := said.get(id(both))) is not None]
+    for kind in Kind:
+        those = [(both, verdict) for both, verdict in judged if verdict.kind is kind]
+        if not those:
+            continue
+        head = f"{_outcome(kind, first, those[0][1].margin)} in {len(those)} of {len(judged)} pairs"
+        if kind in (Kind.LOSS, Kind.GAIN):
+            those.sort(key=lambda pair: -abs(pair[1].value))
+            named_ = [_amount(both, verdict, first) for both, verdict in those[:MOST_LOST]]
+            more = len(those) - len(named_)
+            head += f": {'; '.join(named_)}{f'; and {more} more' if more else ''}"
+        lines.append(f"{head}.")
+    return lines
+
+
+def _outcome(kind: Kind, first: Data, margin: float) -> str:
+    name, within = user(first.run.name), phrases.margin_text(margin)
+    return {
+        Kind.LOSS: f"{name} is behind", Kind.GAIN: f"{name} is ahead", Kind.UNCHANGED: f"unchanged within {within}",
+        Kind.NO_LOSS: f"{name} is no more than {within} behind", Kind.OPEN: "not established",
+    }[kind]  # fmt: skip
+
+
+def _amount(both: Both, verdict: Verdict, first: Data) -> str:
+    method = "" if both.first.column == FULL else f" at {phrases.asked(both.first)}"
+    return f"{named(both.table, first.tables)} {code(both.first.label)}{method} {phrases.magnitude(verdict)}"
+
+
+def _paired(count: int) -> str:
+    """What was paired, and what its intervals hold for."""
+    if not count:
+        return "Nothing is paired: that takes the same model, prompts and samples."
+    family = (
+        f"the {count} paired differences are a family of their own (intervals hold together, p is Holm-adjusted)"
+        if count > 1
+        else "the one paired difference has a 95 % interval"
+    )
+    return f"Paired: same model, same prompts, same samples; {family}."
+
+
+def _other_profiles(first: Data, second: Data, found: list[Both]) -> list[str]:
+    """Methods that read how much heads retrieve from other numbers in the second run."""
+    lines: dict[str, None] = {}
+    for both in found:
+        here, there = _profiles(first, both.first), _profiles(second, both.second)
+        if here != there:
+            method = code(both.first.label)
+            lines[f"{method} read head profile {', '.join(here)} here and {', '.join(there)} there."] = None
+    return list(lines)
+
+
+def _profiles(data: Data, cell: CellSummary) -> list[str]:
+    cells = _mapping(data.run.meta.get("cells"))
+    return sorted({str(p) for name in cell.cell_ids if (p := _mapping(cells.get(name)).get("head_profile"))})
 
 
 def _row(both: Both, verdict: Verdict | None, first: Data) -> list[str]:
@@ -78,22 +162,29 @@ def _row(both: Both, verdict: Verdict | None, first: Data) -> list[str]:
     ]  # fmt: skip
 
 
-def unlike_models(first: Data, second: Data) -> str:
-    """Why no cell of the two runs may be paired; empty where they may."""
+def unlike_models(first: Data, second: Data) -> list[str]:
+    """All that keeps cells of the two runs from being paired, whatever the task."""
     a, b = (_mapping(data.run.meta.get("identity")) for data in (first, second))
     if not a or not b:
-        return "run.json of one of them does not say which model and template were used"
-    for name in (*SAME_MODEL, *SAME_PROMPTS, *SAME_ANSWERS):
-        if a.get(name) != b.get(name):
-            return f"{name.replace('_', ' ')} is {user(a.get(name))} here and {user(b.get(name))} there"
-    return ""
+        return ["run.json of one of them does not say which model and template were used"]
+    return [
+        f"{name.replace('_', ' ')} is {user(a.get(name))} here and {user(b.get(name))} there"
+        for name in (*SAME_MODEL, *SAME_PROMPTS, *SAME_ANSWERS)
+        if a.get(name) != b.get(name)
+    ]
 
 
-def _cells(first: Data, second: Data, table: TaskTable, reason: str) -> list[Both]:
+def _listed(reasons: Sequence[str]) -> str:
+    """The first few, and how many more; empty for none."""
+    named, more = reasons[:MOST_NAMED], len(reasons) - MOST_NAMED
+    return "; ".join([*named, *([f"and {more} more difference{'s' * (more > 1)}"] if more > 0 else [])])
+
+
+def _cells(first: Data, second: Data, table: TaskTable, reasons: Sequence[str]) -> list[Both]:
     other = next((t for t in second.tables if _key(t) == _key(table)), None)
     if other is None:
         return []
-    why = reason or _unlike_tasks(first, second, table, other)
+    why = _listed([*reasons, *_unlike_tasks(first, second, table, other)])
     theirs = {(c.method, c.column): c for c in ([other.full] if other.full else []) + other.cells()}
     mine = ([table.full] if table.full else []) + table.cells()
     pairs = [(cell, theirs[cell.method, cell.column]) for cell in mine if (cell.method, cell.column) in theirs]
@@ -114,16 +205,17 @@ def _both(first: Data, second: Data, table: TaskTable, a: CellSummary, b: CellSu
     return Both(table, a, b, stats.paired_difference(x[both], other[both], clusters[both]), "")
 
 
-def _unlike_tasks(first: Data, second: Data, table: TaskTable, other: TaskTable) -> str:
+def _unlike_tasks(first: Data, second: Data, table: TaskTable, other: TaskTable) -> list[str]:
+    found = []
     if table.version != other.version:
-        return f"the task's version is {user(table.version)} here and {user(other.version)} there"
+        found.append(f"the task's version is {user(table.version)} here and {user(other.version)} there")
     if table.metric != other.metric:
-        return f"the score is {user(table.metric)} here and {user(other.metric)} there"
+        found.append(f"the score is {user(table.metric)} here and {user(other.metric)} there")
     a, b = (_mapping(_mapping(d.run.task_facts(table.task)).get("data")) for d in (first, second))
     which = prompts_name(table.shots or 0, table.shot_seed, table.shot_order)
     if a.get(which) != b.get(which):
-        return "the first prompt is another one: other data, shots or template"
-    return ""
+        found.append("the first prompt is another one (other data, shots or template)")
+    return found
 
 
 def _key(table: TaskTable) -> tuple[Any, ...]:
@@ -131,7 +223,9 @@ def _key(table: TaskTable) -> tuple[Any, ...]:
 
 
 def _score(cell: CellSummary) -> str:
-    return f"{wording.score(cell.score)} {wording.score_interval(cell.interval)} (n = {cell.n})"
+    """With the shares of outputs that say nothing, and the flags it is to be read with."""
+    facts = "; ".join(filter(None, [f"n = {cell.n}", wording.outputs(cell), phrases.note(cell)]))
+    return f"{wording.score(cell.score)} {wording.score_interval(cell.interval)} ({facts})"
 
 
 def _loss(cell: CellSummary) -> str:

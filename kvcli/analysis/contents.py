@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from kvcli.analysis import against, compare, findings, names, power, retention, wording
+from kvcli.analysis import against, compare, findings, power, retention
 from kvcli.analysis.findings import Data, Finding, Outcome
+from kvcli.analysis.first_token import first_token_section
 from kvcli.analysis.judged import Judged, judge_tables
 from kvcli.analysis.load import Run
-from kvcli.analysis.marked import Bullets, Command, Grid, Paragraph, Section, code, section, strong, user
+from kvcli.analysis.marked import Bullets, Grid, Paragraph, Section, code, section, strong, user
 from kvcli.analysis.means import TasksMean, over_tasks
 from kvcli.analysis.ranking import Ranking, rank, ranking_section
 from kvcli.analysis.retention import Relative
 from kvcli.analysis.scores import SampleScores
-from kvcli.analysis.tables import DENSE, CellSummary, TaskTable, summarise
-from kvcli.analysis.verdict_text import named, twin, verdict_section
-from kvcli.analysis.verdicts import MARGIN, Kind, Verdict
-
-FIRST_TOKEN = {
-    "compressed": "the first answer token is computed through the compressed cache, like all others",
-    "prefill": "the first answer token comes from the prefill, before anything was evicted",
-    "n/a": "the method drops tokens while it reads the prompt, so the two ways cannot be told apart",
-}
+from kvcli.analysis.stats import Difference
+from kvcli.analysis.table import DENSE, CellSummary, TaskTable
+from kvcli.analysis.tables import summarise
+from kvcli.analysis.verdict_text import named, verdict_section
+from kvcli.analysis.verdicts import MARGIN, Verdict
+from kvcli.results.planned import planned
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,11 @@ class Contents:
     def means(self) -> list[TasksMean]:
         return over_tasks(self.data.scores, self.tables)
 
+    @cached_property
+    def comparisons(self) -> list[Section]:
+        """With each of the other runs."""
+        return [compare.compare_section(self.data, other, self.margin) for other in self.others]
+
     def verdict(self, cell: CellSummary) -> Verdict | None:
         return self.judged.of(cell)
 
@@ -77,6 +79,11 @@ class Contents:
             values[both], full[both], table.chance or 0.0, clusters[both], difference=cell.difference
         )  # fmt: skip
 
+    def detectable(self, change: Difference | None) -> float | None:
+        """Smallest true loss or gain with an 80 % chance of being established, all comparisons considered. None where
+        none has, or nothing is compared."""
+        return None if change is None else power.detectable(change, self.judged.family.level)
+
     def sections(self) -> list[Section]:
         """All but the tables and figures, in order."""
         found = [
@@ -85,9 +92,9 @@ class Contents:
             ranking_section(self.ranking, self.tables),
             means_section(self.means),
             findings_section(self.findings),
-            first_token_section(self),
+            first_token_section(self.data.scores, self.tables, self.margin),
             against.against_section(self.run, self.tables) if self.paper else None,
-            *(compare.compare_section(self.data, other, self.margin) for other in self.others),
+            *self.comparisons,
         ]
         return [part for part in found if part is not None]
 
@@ -113,13 +120,44 @@ def head(made: Contents) -> list[str]:
     text = f"Run {code(run.name)}, {len(run):,} records."
     status = run.meta.get("status")
     if status not in (None, "done", "complete", "finished"):
-        text += " " + strong(f"Status {status}: not all samples are in.")
-    limit = run.config("limit")
-    if limit is not None:
-        text += f" A subset: {code(f'--limit {limit}')}, the same samples for every method."
+        text += " " + strong(f"Status {status}: not all samples are in{_of_planned(run)}.")
+    text += _subset(run)
     count = sum(len(table.warnings) for table in made.tables)
     warned = strong(f"{count} sanity warning{'s' * (count > 1)}") + " below: read them with the verdict."
     return [text, *([warned] if count else [])]
+
+
+def _of_planned(run: Run) -> str:
+    """' (12 of 40 records)'; empty where run.json holds no plan."""
+    whole = sum(planned(run.meta, {}).values())
+    return f" ({len(run):,} of {whole:,} records)" if whole > len(run) else ""
+
+
+def _subset(run: Run) -> str:
+    """Which samples were measured, where they are not all of every task."""
+    limits = _limits(run)
+    if not limits or limits == {None}:
+        return ""
+    known = sorted(limit for limit in limits if limit is not None)
+    if len(limits) == 1:
+        return f" A subset: {code(f'--limit {known[0]}')}, the same samples for every method."
+    most = "all" if None in limits else str(known[-1])
+    return (
+        f" Cells were measured on subsets of {known[0]} to {most} samples of a task ({code('--limit')}), nested: the "
+        "smaller ones lie within the larger. Differences use the samples both have."
+    )
+
+
+def _limits(run: Run) -> set[int | None]:
+    """The limits of all cells, each the largest that a command asked for; None: all samples."""
+    most: dict[str, float] = {}
+    for command in run.meta.get("generations") or []:
+        limit = (command.get("grid") or {}).get("limit")
+        for cell in command["cells"]:
+            most[cell] = max(most.get(cell, 0), float("inf") if limit is None else limit)
+    if not most:
+        return {run.config("limit")}
+    return {None if limit == float("inf") else int(limit) for limit in most.values()}
 
 
 def warnings_section(tables: Sequence[TaskTable], run: Run) -> Section:
@@ -156,13 +194,15 @@ def means_section(means: Sequence[TasksMean]) -> Section | None:
     if not means:
         return None
     columns = sorted({mean.column for mean in means}, key=lambda c: c.order)
-    groups: dict[tuple[str, str, str], dict[str, str]] = {}
+    groups: dict[tuple[str, str], list[TasksMean]] = {}
     for mean in means:
-        groups.setdefault((mean.method, _mode_of(mean), str(len(mean.tasks))), {})[mean.column.text] = _kept(mean)
-    rows = [
-        [code(method), mode, tasks, *(kept.get(column.text, "") for column in columns)]
-        for (method, mode, tasks), kept in groups.items()
-    ]
+        groups.setdefault((mean.method, _mode_of(mean)), []).append(mean)
+    rows = []
+    for (method, mode), found in groups.items():
+        counts = sorted({len(mean.tasks) for mean in found})
+        kept = {mean.column.text: _kept(mean) for mean in found}
+        tasks = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        rows.append([code(method), mode, tasks, *(kept.get(column.text, "") for column in columns)])
     explained = (
         "Each task counts once, with its largest number of shots. Kept: (P - chance) / (P of full - chance), so tasks "
         "of different chance compare. Intervals come from resampling samples within each task; they are 95 %, "
@@ -179,12 +219,19 @@ def _mode_of(mean: TasksMean) -> str:
 
 
 def _kept(mean: TasksMean) -> str:
+    """'85 % [79, 89]', and which tasks are not in it, with the reason."""
     found = mean.retention
-    if found is None:
-        return "-"
-    ends = f" [{100 * found.interval.low:.0f}, {100 * found.interval.high:.0f}]" if found.interval else ""
-    left = f" (without {', '.join(map(code, found.left_out))})" if found.left_out else ""
-    return f"{100 * found.value:.0f} %{ends}{left}"
+    why: dict[str, list[str]] = {}
+    for task, reason in mean.left_out:
+        why.setdefault(reason, []).append(code(task))
+    for task in found.left_out if found else ():
+        why.setdefault("not defined there", []).append(code(task))
+    left = "; ".join(f"without {', '.join(tasks)}: {reason}" for reason, tasks in why.items())
+    value = "-"
+    if found is not None:
+        ends = f" [{100 * found.interval.low:.0f}, {100 * found.interval.high:.0f}]" if found.interval else ""
+        value = f"{100 * found.value:.0f} %{ends}"
+    return f"{value} ({left})" if left else value
 
 
 def findings_section(found: Sequence[Finding]) -> Section:
@@ -197,176 +244,3 @@ def findings_section(found: Sequence[Finding]) -> Section:
         needs = f"Needs: {one.needs}." if one.needs and one.outcome is not Outcome.HOLDS else ""
         items.append((f"{one.number}. {one.title}: {strong(one.outcome)}.", [t for t in (one.said, needs) if t]))
     return section("findings", "The paper's six findings, on this run", Paragraph(explained), Bullets(items))
-
-
-def first_token_section(made: Contents) -> Section | None:
-    """Both first-token modes side by side where both were run; None otherwise."""
-    pairs = [p for p in mode_pairs(made.tables) if p[2].difference and p[3].difference]
-    if not pairs:
-        return None
-    judged = [(task, method, a, b, made.verdict(a), made.verdict(b)) for task, method, a, b in pairs]
-    lost = [p for p in judged if p[4] and p[4].kind is Kind.LOSS]
-    hidden = [p for p in lost if not (p[5] and p[5].kind is Kind.LOSS)]
-    shown = [p for p in judged if {Kind.LOSS, Kind.GAIN} & {v.kind for v in p[4:] if v}]
-    said = (
-        f"{len(hidden)} of the {len(lost)} losses established with compressed are not established with prefill. "
-        "With prefill the first answer token is read from the prefill's own logits, before anything is evicted: a "
-        "task that is answered by one letter or word cannot lose anything that way, whatever was evicted, so its flat "
-        "line there says nothing about the method. Its loss shows with compressed only. Kept tokens and bytes are the "
-        "same in both, so what lies between the two columns is the first token alone."
-    )
-    rows = [
-        [task, code(method), a.column, str(a.difference.n if a.difference else 0), _both(a, va), _both(b, vb)]
-        for task, method, a, b, va, vb in shown
-    ]
-    titles = ("task", "method", "asked", "n", "compressed: points [simultaneous]", "prefill: points [simultaneous]")
-    grid = Grid(titles, rows, frozenset({3, 4, 5})) if rows else None
-    left = len(pairs) - len(shown)
-    rest = Paragraph(f"Left out: {left} pairs in which neither way shows a loss or gain.") if left else None
-    return section("first-token", "First token: compressed against prefill", Paragraph(said), grid, rest)
-
-
-def _both(cell: CellSummary, verdict: Verdict | None) -> str:
-    if verdict is None:
-        return ""
-    value = wording.points(verdict.value)
-    value = strong(value) if verdict.kind in (Kind.LOSS, Kind.GAIN) else value
-    return f"{value} {wording.points_interval(verdict.interval)}"
-
-
-def mode_pairs(tables: Sequence[TaskTable]) -> Iterator[tuple[str, str, CellSummary, CellSummary]]:
-    """(task, method, compressed, prefill) for cells that differ by the first-token mode alone."""
-    for other in tables:
-        table = twin(other, tables) if other.first_token == "prefill" else None
-        if table is None:
-            continue
-        name = named(table, [t for t in tables if t.first_token == "compressed"])
-        theirs = {(cell.method, cell.column): cell for cell in other.cells()}
-        for cell in table.cells():
-            if (cell.method, cell.column) in theirs:
-                yield name, cell.label, cell, theirs[cell.method, cell.column]
-
-
-def how_section(run: Run, tables: Sequence[TaskTable]) -> Section:
-    """How it was measured."""
-    shown = ("revision", "dtype", "tokenizer", "parameters", "layers", "heads", "kv_heads", "context")
-    facts = {k: v for part in ("identity", "model") for k, v in flat(run.meta.get(part))}
-    known = ", ".join(f"{k.replace('_', ' ')} {user(facts[k])}" for k in shown if k in facts)
-    lines = [f"Model: {code(run.model)}" + (f" ({known})" if known else "") + "."]
-    for first_token in dict.fromkeys(t.first_token for t in tables):
-        meaning = FIRST_TOKEN.get(first_token, "")
-        lines.append(f"First token {code(first_token)}" + (f": {meaning}." if meaning else "."))
-    for query in dict.fromkeys(t.query for t in tables):
-        seen = "was" if query == "aware" else "was not"
-        lines.append(f"Query {code(query)}: the question {seen} visible to the compression.")
-    found = names.files(cell.method for cell in run.cells)
-    lines += [f"Method {code(name)}: {code(source)}." for name, source in found.items()]
-    lines += _weights(run, tables)
-    first = {(t.task, t.shots): t for t in reversed(tables)}
-    lines += [f"{code(t.task)}: {task_facts(t)}." for t in reversed(first.values())]
-    if len({(t.task, t.shots) for t in tables}) < len({(t.task, t.shots, t.shot_seed, t.shot_order) for t in tables}):
-        lines.append(
-            "Other exemplars (shot seed) and other orders of them stand in tables of their own, never averaged."
-        )
-    lines += [
-        "Measured ratio: bytes kept over bytes of the 16-bit full cache; noop samples stay in every mean and are "
-        "counted in the tables.",
-        "Scores: Wilson interval (0/1 scores) or t interval. Differences: same samples with and without compression; "
-        "Tango's paired score interval and mid-p McNemar for 0/1 scores, BCa bootstrap for graded ones, t over "
-        "clusters where samples belong together (docs/statistics.md).",
-    ]
-    if any(cell.seeds > 1 for table in tables for cell in table.cells()):
-        lines.append("Seeds of one method are averaged within each sample first; n counts samples.")
-    return section("how", "How it was measured", Bullets.of(lines))
-
-
-def _weights(run: Run, tables: Sequence[TaskTable]) -> list[str]:
-    """What was pruned, on which texts, and that such results stand apart."""
-    measured = run.meta.get("weights")
-    lines = []
-    for weights in dict.fromkeys(t.weights for t in tables if t.weights != DENSE):
-        facts = measured.get(weights, {}) if isinstance(measured, dict) else {}
-        said = f": {_pruned(facts)}" if facts else ""
-        lines.append(f"Weights {code(weights)}{said}. Its tables stand apart; their differences are to full with "
-                     "these weights.")  # fmt: skip
-    return lines
-
-
-def _pruned(facts: Mapping[str, Any]) -> str:
-    file = facts["calibration"]["file"]
-    texts = f"{facts['texts']} texts ({facts['tokens']:,} tokens) of {user(file) if file else 'its own language'}"
-    return (
-        f"{100 * facts['sparsity']:.2f} % of the {facts['parameters']:,} weights in {facts['matrices']} matrices are "
-        f"zero ({100 * facts['of_model']:.1f} % of the model), calibrated on {texts}"
-    )
-
-
-def task_facts(table: TaskTable) -> str:
-    parts = [
-        user(table.ability or ""), user(table.metric or ""), f"version {user(table.version)}" if table.version else "",
-        f"{table.shots} shots" if table.shots is not None else "",
-        f"shot seed {table.shot_seed}" if table.shot_seed else "",
-        f"shot order {table.shot_order}" if table.shot_order else "", f"n = {wording.sample_range(table)}",
-        wording.clusters(table),
-        f"median prompt {table.n_prompt:.0f} tokens" if table.n_prompt is not None else "",
-        f"chance {wording.score(table.chance)}" if table.chance is not None else "",
-        f"published {table.reference:g}" if table.reference is not None else "",
-        f"{table.too_long} prompts too long, left out" if table.too_long else "",
-        f"{table.truncated} prompts cut by --truncate" if table.truncated else "",
-    ]  # fmt: skip
-    return ", ".join(filter(None, parts))
-
-
-def smallest_seen(made: Contents, table: TaskTable) -> str:
-    """What size of loss the table's cells could have shown at the family's level."""
-    level = made.judged.family.level
-    every = [power.detectable(c.difference, level) for c in table.cells() if c.difference]
-    known = sorted(value for value in every if value is not None)
-    if not known:
-        return ""
-    median = known[len(known) // 2]
-    return (
-        f"A loss of {100 * median:.0f} points has an 80 % chance of being established here (median of its "
-        f"{len(every)} cells, {made.judged.family.size} comparisons considered)."
-    )
-
-
-def provenance_section(run: Run) -> Section:
-    parts = ("provenance", "identity", "model", "schema", "status", "created", "updated")
-    facts = flat({k: run.meta[k] for k in parts if k in run.meta})
-    grid = Grid(("what", "value"), [[user(k), user(v)] for k, v in facts]) if facts else None
-    torn = f"Torn last lines (not written, the same command repeats them): {user(', '.join(run.torn))}."
-    said, command = repeated(run)
-    return section(
-        "provenance", "Provenance", Paragraph(said), Command(command) if command else None,
-        Paragraph(torn) if run.torn else None, grid,
-    )  # fmt: skip
-
-
-def repeated(run: Run) -> tuple[str, str]:
-    """How to make the run again: a sentence, and the command where there is one."""
-    argv, passed = run.meta.get("argv"), flat(run.meta.get("passed"))
-    if isinstance(argv, list) and len(argv) > 1:
-        return "The same command repeats or resumes this run:", shlex.join(map(str, argv))
-    if passed:
-        settings = ", ".join(f"{user(k)} = {user(v)}" for k, v in passed)
-        return f"Made from Python; the same settings repeat or resume it: {settings}.", ""
-    return "run.json holds no command: this report was made from the records alone.", ""
-
-
-def flat(values: Any, before: str = "") -> list[tuple[str, str]]:
-    """Nested facts as (dotted name, text), in order; empty ones left out. Nothing for what is not a mapping."""
-    out: list[tuple[str, str]] = []
-    for key, value in values.items() if isinstance(values, dict) else ():
-        name = f"{before}.{key}" if before else str(key)
-        if isinstance(value, dict):
-            out += flat(value, name)
-        elif value not in (None, "", []):
-            out.append((name, _listed(value) if isinstance(value, list) else str(value)))
-    return out
-
-
-def _listed(values: list[Any]) -> str:
-    """'2 in each of 32' where all are alike: facts per layer."""
-    alike = len(values) > 2 and all(v == values[0] for v in values)
-    return f"{values[0]} in each of {len(values)}" if alike else ", ".join(map(str, values))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from kvcli.analysis.load import Cell, Run
 from kvcli.analysis.texts import whole_records
+from kvcli.analysis.verdicts import MARGIN
 from kvcli.errors import KvcliError, unknown
 from kvcli.results.store import prompt_files, read_lines
 
@@ -38,12 +38,13 @@ _SHOTS = ("shots", "shot_seed", "shot_order")
 @dataclass(frozen=True)
 class Wanted:
     """What to export. outputs: tables get the texts too; harmful: texts of harmful tasks leave the folder as others
-    do; organization and relationship: who measured, for Every Eval Ever."""
+    do; organization and relationship: who measured, for Every Eval Ever; margin: of the verdicts in tables."""
 
     outputs: bool = False
     harmful: bool = False
     organization: str = "unknown"
     relationship: str = "other"
+    margin: float = MARGIN
 
 
 def export(run: Run, form: str, out: Path | None = None, wanted: Wanted | None = None) -> list[Path]:
@@ -85,13 +86,6 @@ def hidden(run: Run, task: str) -> bool:
 
 def axes_of(cell: Cell) -> dict[str, Any]:
     return {name: getattr(cell, name) for name in AXES}
-
-
-def rows_of_cells(run: Run) -> list[NDArray[np.int64]]:
-    """For each cell the numbers of its records, in the order of the samples' names."""
-    order = np.lexsort((run.sample, run.cell))
-    ends = np.searchsorted(run.cell[order], np.arange(len(run.cells) + 1))
-    return [order[start:end] for start, end in pairwise(ends)]
 
 
 def rows_of_tasks(run: Run, rows_of: Sequence[NDArray[np.int64]]) -> dict[str, NDArray[np.int64]]:

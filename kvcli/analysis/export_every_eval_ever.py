@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from kvcli import __version__
+from kvcli.analysis.cells import rows_of_cells
 from kvcli.analysis.export import (
     Scored,
     Variant,
@@ -32,7 +33,6 @@ from kvcli.analysis.export import (
     prompts_of,
     records_of,
     replacing,
-    rows_of_cells,
     rows_of_tasks,
     scored,
     variants,

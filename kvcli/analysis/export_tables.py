@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcli.analysis.export import AXES, TABLES, Wanted, axes_of, hidden, replacing, rows_of_cells
+from kvcli.analysis.cells import rows_of_cells
+from kvcli.analysis.contents import Contents, contents
+from kvcli.analysis.export import AXES, TABLES, Wanted, axes_of, hidden, replacing
 from kvcli.analysis.load import FIGURES, Run
-from kvcli.analysis.tables import CellSummary, TaskTable, summarise
+from kvcli.analysis.table import FULL, CellSummary, TaskTable
 from kvcli.analysis.texts import whole_records
 from kvcli.errors import KvcliError
 
@@ -39,7 +41,8 @@ def write_tables(run: Run, out: Path, form: str, wanted: Wanted) -> list[Path]:
     with _writing(samples, _sample_schema(run, wanted), form) as write:
         for rows in _portions(run):
             write(_sample_columns(run, rows, wanted))
-    summary = [row for table in summarise(run) for row in _cell_rows(table)]
+    made = contents(run, margin=wanted.margin)
+    summary = [row for table in made.tables for row in _cell_rows(table, made)]
     schema = _cell_schema(summary)
     with _writing(cells, schema, form) as write:
         write({name: [row.get(name) for row in summary] for name in schema.names})
@@ -64,8 +67,10 @@ def _writing(path: Path, schema: pa.Schema, form: str) -> Iterator[Any]:
 
 
 def _portions(run: Run) -> Iterator[NDArray[np.int64]]:
-    """Row numbers cell by cell, the samples of a cell by name."""
-    order = np.concatenate(rows_of_cells(run))
+    """Row numbers cell by cell, of a task full first; the samples of a cell by name."""
+    rows, tasks = rows_of_cells(run), list(dict.fromkeys(cell.task for cell in run.cells))
+    codes = sorted(range(len(rows)), key=lambda c: (tasks.index(run.cells[c].task), run.cells[c].method != FULL, c))
+    order = np.concatenate([rows[code] for code in codes])
     yield from (order[start : start + ROWS] for start in range(0, len(order), ROWS))
 
 
@@ -136,10 +141,11 @@ def _flags(run: Run, mask: int) -> str:
     return " ".join(name for bit, name in enumerate(run.flag_names) if mask >> bit & 1)
 
 
-def _cell_rows(table: TaskTable) -> Iterator[dict[str, Any]]:
+def _cell_rows(table: TaskTable, made: Contents) -> Iterator[dict[str, Any]]:
     """full first. What seeds and draws share is one row, as in the report."""
     for cell in ([table.full] if table.full else []) + table.cells():
-        yield {**_about(table, cell), **_difference(cell), **{f"extra.{name}": v for name, v in cell.extra.items()}}
+        extra = {f"extra.{name}": value for name, value in cell.extra.items()}
+        yield {**_about(table, cell), **_difference(cell), **_judged(table, cell, made), **extra}
 
 
 def _about(table: TaskTable, cell: CellSummary) -> dict[str, Any]:
@@ -149,15 +155,17 @@ def _about(table: TaskTable, cell: CellSummary) -> dict[str, Any]:
         "first_token": table.first_token, "query": table.query, "weights": table.weights, "shots": table.shots,
         "shot_seed": table.shot_seed, "shot_order": table.shot_order, "method": cell.method, "asked": cell.column,
         "measured_ratio": cell.measured_ratio, "n": cell.n,
-        "seeds": cell.seeds, "records": cell.records, "errors": cell.errors,
+        "seeds": cell.repeats[0], "draws": cell.repeats[1], "records": cell.records, "errors": cell.errors,
         "score": None if np.isnan(cell.score) else cell.score, "low": ends and ends.low, "high": ends and ends.high,
-        "interval": ends and ends.method, "no_answer": cell.no_answer, "cut_at_limit": cell.truncated,
+        "interval": ends and ends.method, "no_answer": cell.no_answer, "incoherent": cell.incoherent,
+        "cut_at_limit": cell.truncated, "kl": cell.kl, "top1": cell.top1,
         "flags": " ".join(f"{name}={count}" for name, count in cell.flags.items()),
         "cell_ids": " ".join(cell.cell_ids),
     }  # fmt: skip
 
 
 def _difference(cell: CellSummary) -> dict[str, Any]:
+    """Of this comparison alone."""
     change = cell.difference
     if change is None:
         return {}
@@ -165,16 +173,41 @@ def _difference(cell: CellSummary) -> dict[str, Any]:
     return {
         "difference": change.value, "difference_low": ends and ends.low, "difference_high": ends and ends.high,
         "difference_interval": ends and ends.method, "p": change.p, "test": change.test, "pairs": change.n,
-        "better": change.better, "worse": change.worse, "relative": cell.relative, "verdict": cell.verdict,
+        "better": change.better, "worse": change.worse, "relative": cell.relative,
+        "established_alone": cell.verdict,
     }  # fmt: skip
 
 
+def _judged(table: TaskTable, cell: CellSummary, made: Contents) -> dict[str, Any]:
+    """All comparisons of the sweep considered; and what was kept above chance."""
+    verdict, kept = made.verdict(cell), made.kept(table, cell)
+    ends = verdict and verdict.interval
+    kept_ends = kept and kept.interval
+    return {
+        "verdict": verdict and str(verdict.kind), "p_holm": verdict and verdict.p,
+        "simultaneous_low": ends and ends.low, "simultaneous_high": ends and ends.high,
+        "family": verdict and verdict.family, "margin": verdict and verdict.margin,
+        "detectable": made.detectable(cell.difference),
+        "retention": kept and kept.value, "retention_low": kept_ends and finite(kept_ends.low),
+        "retention_high": kept_ends and finite(kept_ends.high),
+    }  # fmt: skip
+
+
+def finite(value: float) -> float | None:
+    """None for an end that the data do not hold."""
+    return value if np.isfinite(value) else None
+
+
 _NUMBERS = (
-    "chance", "measured_ratio", "score", "low", "high", "no_answer", "cut_at_limit", "difference", "difference_low",
-    "difference_high", "p", "relative",
+    "chance", "measured_ratio", "score", "low", "high", "no_answer", "incoherent", "cut_at_limit", "difference",
+    "difference_low", "difference_high", "p", "relative", "p_holm", "simultaneous_low", "simultaneous_high", "margin",
+    "detectable", "retention", "retention_low", "retention_high", "kl", "top1",
 )  # fmt: skip
-_NAMES = ("difference_interval", "test", "verdict")
-_INTEGERS = ("shots", "shot_seed", "shot_order", "n", "seeds", "records", "errors", "pairs", "better", "worse")
+_NAMES = ("difference_interval", "test", "established_alone", "verdict")
+_INTEGERS = (
+    "shots", "shot_seed", "shot_order", "n", "seeds", "draws", "records", "errors", "pairs", "better", "worse",
+    "family",
+)  # fmt: skip
 
 
 def _cell_schema(rows: list[dict[str, Any]]) -> pa.Schema:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kvcli.analysis import family
+from kvcli.analysis import established, family
 from kvcli.analysis.family import Family
 from kvcli.analysis.load import Run
-from kvcli.analysis.stats import Difference
-from kvcli.analysis.tables import CellSummary, TaskTable
+from kvcli.analysis.table import CellSummary, TaskTable
 from kvcli.analysis.verdicts import MARGIN, Verdict, judge_all
 
 
@@ -29,11 +28,7 @@ class Judged:
 
 def judge_tables(run: Run, tables: Sequence[TaskTable], margin: float = MARGIN) -> Judged:
     """tables: those to speak of; the family is the whole plan, also where only some are shown."""
-    found: dict[tuple[str, ...], Difference] = {}
-    for table in tables:
-        if table.full is not None and table.against_dense is not None:
-            found[table.full.cell_ids] = table.against_dense
-        found.update((cell.cell_ids, cell.difference) for cell in table.cells() if cell.difference is not None)
+    found = established.compared(tables)
     whole = family.planned(run.meta, len(found))
     verdicts = judge_all(list(found.values()), whole, margin)
     return Judged(whole, margin, {key: v for key, v in zip(found, verdicts, strict=True) if v is not None})

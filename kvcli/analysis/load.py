@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from kvcli.analysis.columns import Columns, counted
 from kvcli.analysis.line import Line, parse, reader
 from kvcli.errors import KvcliError
 from kvcli.grammar import ratio_text
+from kvcli.results.planned import planned
 from kvcli.results.store import find_run as find_run
 from kvcli.results.store import record_files
 
@@ -112,6 +114,14 @@ class Run:
     def task_facts(self, task: str) -> dict[str, Any]:
         """Chance, metric, ability, version as run.json states them; empty where it does not."""
         return _mapping(_mapping(self.meta.get("tasks")).get(task))
+
+    @cached_property
+    def asked(self) -> dict[str, int]:
+        """Samples that the folder's commands asked for, by cell; empty where run.json does not say."""
+        if not self.meta.get("generations"):
+            return {}
+        seen = np.bincount(self.cell, minlength=len(self.cells))
+        return planned(self.meta, {c.cell_id: int(n) for c, n in zip(self.cells, seen, strict=True)})
 
     def config(self, key: str) -> Any:
         return _mapping(self.meta.get("config")).get(key)

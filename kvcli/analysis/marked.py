@@ -10,11 +10,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_OPEN = {"code": "\ue001", "strong": "\ue002", "user": "\ue003"}
+_OPEN = {"code": "\ue001", "strong": "\ue002", "user": "\ue003", "raised": "\ue004"}
 _CLOSE = "\ue000"
 _KINDS = {mark: kind for kind, mark in _OPEN.items()}
-_SPAN = re.compile("([\ue001-\ue003])([^\ue000]*)\ue000")
-_MARKS = re.compile("[\ue000-\ue003]")
+_SPAN = re.compile("([\ue001-\ue004])([^\ue000]*)\ue000")
+_MARKS = re.compile("[\ue000-\ue004]")
 
 
 def code(text: object) -> str:
@@ -31,13 +31,18 @@ def user(text: object) -> str:
     return _marked("user", text)
 
 
+def raised(text: object) -> str:
+    """Letters above the line: flags of a cell."""
+    return _marked("raised", text)
+
+
 def _marked(kind: str, text: object) -> str:
     plain = " ".join(_MARKS.sub("", str(text)).split())
     return f"{_OPEN[kind]}{plain}{_CLOSE}" if plain else ""
 
 
 def pieces(text: str) -> list[tuple[str, str]]:
-    """(words, kind) in order; kind: code, strong, user, or empty for the report's own words."""
+    """(words, kind) in order; kind: code, strong, user, raised, or empty for the report's own words."""
     found, at = [], 0
     for match in _SPAN.finditer(text):
         found += [(text[at : match.start()], "")] if match.start() > at else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -49,6 +50,15 @@ class Pair:
     verdict: Verdict
 
 
+def family_of(run: Run, tables: Sequence[TaskTable]) -> Family:
+    """All pairs that the plan asks for the same size, and never fewer than the tables could compare."""
+    described = run.meta.get("cells")
+    facts = described.values() if isinstance(described, dict) else ()
+    there = Counter((number, c.column) for number, table in enumerate(tables) for c in table.cells())
+    seen = sum(count * (count - 1) // 2 for count in there.values())
+    return Family(max(family.between_methods(facts), seen), planned=bool(facts))
+
+
 def of_tables(run: Run, scores: SampleScores, tables: Sequence[TaskTable], margin: float = MARGIN) -> list[Pair]:
     """All pairs within a column. Their family is all pairs that the plan asks for the same, compared or not."""
     found: list[tuple[TaskTable, str, CellSummary, CellSummary, Difference]] = []
@@ -60,8 +70,5 @@ def of_tables(run: Run, scores: SampleScores, tables: Sequence[TaskTable], margi
                 if (~np.isnan(first) & ~np.isnan(second)).any():
                     change = difference(first, second, clusters)
                     found.append((table, column.text, cells[a], cells[b], change))
-    described = run.meta.get("cells")
-    facts = described.values() if isinstance(described, dict) else ()
-    whole = Family(max(family.between_methods(facts), len(found)), planned=bool(facts))
-    verdicts = judge_all([entry[4] for entry in found], whole, margin)
+    verdicts = judge_all([entry[4] for entry in found], family_of(run, tables), margin)
     return [Pair(*entry, verdict) for entry, verdict in zip(found, verdicts, strict=True) if verdict is not None]

@@ -11,7 +11,7 @@ from kvcli.analysis import averages
 from kvcli.analysis.averages import Average, Scores
 from kvcli.analysis.scores import SampleScores
 from kvcli.analysis.stats import Difference
-from kvcli.analysis.tables import Column, TaskTable
+from kvcli.analysis.tables import Column, TaskTable, unlike_reference
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class TasksMean:
     difference: Average
     retention: Average | None
     """Chance-adjusted: what cross-task claims use."""
+    left_out: tuple[tuple[str, str], ...] = ()
+    """Tasks that have the method and size but are not averaged, and why: it kept more than was asked for there, or full
+    is not where it was published. Those whose retention is not defined: retention.left_out."""
 
 
 def over_methods(
@@ -64,21 +67,38 @@ def over_methods(
 
 
 def over_tasks(scores: SampleScores, tables: Sequence[TaskTable]) -> list[TasksMean]:
-    """For every method and size that at least two tasks have. A task with several numbers of shots counts with most."""
-    groups: dict[_Key, dict[str, Scores]] = {}
+    """For every method and size that at least two tasks have. A task with several numbers of shots counts with most.
+
+    Cells over budget and tables whose full is not where it was published are left out by name.
+    """
+    groups: dict[_Key, dict[str, Scores | str]] = {}
     for table in sorted(tables, key=lambda t: t.shots or 0):
-        for (label, column), part in _drawn(scores, table).items():
-            mode = (table.first_token, table.query, table.weights, table.shot_seed, table.shot_order)
-            key = (*mode, label, column)
-            groups.setdefault(key, {})[table.task] = part
-    return [
-        TasksMean(
-            *key, tuple(parts), averages.difference_over_tasks(list(parts.values())),
-            averages.retention_over_tasks(list(parts.values())),
-        )
-        for key, parts in groups.items()
-        if len(parts) > 1
-    ]  # fmt: skip
+        mode = (table.first_token, table.query, table.weights, table.shot_seed, table.shot_order)
+        for (label, column), part in (_left_out(table) | _drawn(scores, table)).items():
+            groups.setdefault((*mode, label, column), {})[table.task] = part
+    found = []
+    for key, parts in groups.items():
+        there = {task: part for task, part in parts.items() if not isinstance(part, str)}
+        if len(there) > 1:
+            every = list(there.values())
+            mean, kept = averages.difference_over_tasks(every), averages.retention_over_tasks(every)
+            why = tuple((task, part) for task, part in parts.items() if isinstance(part, str))
+            found.append(TasksMean(*key, tuple(there), mean, kept, why))
+    return found
+
+
+def _left_out(table: TaskTable) -> dict[tuple[str, Column], str]:
+    """Compared cells of one table that are not averaged, and why."""
+    unlike = ""
+    if unlike_reference(table):
+        judged = table.full is not None and table.full.interval is not None
+        unlike = "full is not where it was published" if judged else "one cluster, so full cannot be judged"
+    every = ((row.label, column, row.cells.get(column.text)) for row in table.rows for column in table.columns)
+    return {
+        (label, column): unlike or "over budget"
+        for label, column, cell in every
+        if cell is not None and cell.difference is not None and (unlike or cell.over_budget)
+    }
 
 
 _Key = tuple[str, str, str, int, int, str, Column]
@@ -86,15 +106,15 @@ _Key = tuple[str, str, str, int, int, str, Column]
 
 
 def _drawn(scores: SampleScores, table: TaskTable) -> dict[tuple[str, Column], Scores]:
-    """The cells of one table by row and column; those with the same samples are resampled at once."""
-    if table.full is None:
+    """The cells of one table to average by row and column; those with the same samples are resampled at once."""
+    if table.full is None or unlike_reference(table):
         return {}
     full, chance = scores.of(table.full.cell_ids)[0], table.chance or 0.0
     alike: dict[bytes, dict[tuple[str, Column], Scores]] = {}
     for row in table.rows:
         for column in table.columns:
             cell = row.cells.get(column.text)
-            if cell is None or cell.difference is None:
+            if cell is None or cell.difference is None or cell.over_budget:
                 continue
             compressed, clusters = scores.of(cell.cell_ids)
             both = ~np.isnan(compressed) & ~np.isnan(full)

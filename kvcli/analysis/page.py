@@ -14,20 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvcli.analysis import flips, wording
+from kvcli.analysis import detectable, flips, wording
 from kvcli.analysis.attention_page import script_json
-from kvcli.analysis.contents import (
-    Contents,
-    head,
-    how_section,
-    provenance_section,
-    repeated,
-    smallest_seen,
-    task_facts,
-)
+from kvcli.analysis.contents import Contents, head
 from kvcli.analysis.flips import CellFlips
+from kvcli.analysis.how import how_section, provenance_section, repeated, task_facts
 from kvcli.analysis.marked import Block, Bullets, Command, Grid, Paragraph, Section, pieces, plain
-from kvcli.analysis.tables import CellSummary, TaskTable
+from kvcli.analysis.table import CellSummary, TaskTable
 from kvcli.analysis.verdict_text import label
 from kvcli.results import store
 
@@ -84,7 +77,7 @@ def page_data(made: Contents, every: Sequence[Sequence[CellFlips]], most: int) -
             place, one = changed.get(cell.cell_ids, (-1, None))
             total, shown = (one.total, len(one.shown[:most])) if one else (0, 0)
             rows.append(_row(made, number, table, cell, place, total, shown))
-    command = repeated(made.run)[1]
+    command = "\n".join(repeated(made.run)[1])
     return {
         "run": str(made.run.folder), "rows": rows, "most": most, "tables": [_table(made, t) for t in made.tables],
         "family": made.judged.family.size, "margin": made.margin, "command": command,
@@ -92,7 +85,7 @@ def page_data(made: Contents, every: Sequence[Sequence[CellFlips]], most: int) -
 
 
 def _table(made: Contents, table: TaskTable) -> dict[str, Any]:
-    facts = f"{plain(task_facts(table))}; {wording.mode(table)}. {smallest_seen(made, table)}".strip()
+    facts = f"{plain(task_facts(table))}; {wording.mode(table)}. {detectable.sentence(table, made.judged)}".strip()
     return {
         "label": label(table, made.tables), "task": table.task, "facts": facts, "warnings": list(table.warnings),
         "notes": list(table.notes), "harmful": table.harmful,
@@ -102,26 +95,30 @@ def _table(made: Contents, table: TaskTable) -> dict[str, Any]:
 def _row(
     made: Contents, number: int, table: TaskTable, cell: CellSummary, place: int, total: int, shown: int
 ) -> list[Any]:
-    """In the order of COLUMNS in the template's script."""
-    change, verdict = cell.difference, made.verdict(cell) if cell is not table.full else None
-    kept = made.kept(table, cell) if cell is not table.full else None
+    """In the order of COLUMNS in the template's script. Of full with other weights the difference is to full of the
+    dense model."""
+    own = cell is table.full
+    change, verdict = table.against_dense if own else cell.difference, made.verdict(cell)
+    kept = made.kept(table, cell)
     column = next((c for c in table.columns if c.text == cell.column), None)
     order = 1e9 if column is None else ("ratio", "budget", "match", "own").index(column.kind) * 1e6 + column.value
     flags = (
         [wording.flag_counts(cell)]
         + [f"{cell.errors} failed"] * (cell.errors > 0)
         + ["sanity warning"] * bool(table.warnings)
+        + ["points to full of the dense model"] * bool(own and change)
     )
     return [
         number, cell.label, cell.column, order, _number(cell.measured_ratio), cell.n, _number(cell.score),
-        _ends(cell.interval), _number(cell.no_answer), _number(cell.truncated),
+        _ends(cell.interval), _number(cell.no_answer), _number(cell.incoherent), _number(cell.truncated),
         _number(change.value) if change else None, _ends(change.interval) if change else None,
-        _ends(verdict.interval) if verdict else None, _number(cell.relative) if change else None,
+        _ends(verdict.interval) if verdict else None, _number(cell.relative) if cell.difference else None,
         _number(kept.value) if kept else None, _ends(kept.interval) if kept else None,
-        _number(change.p) if change else None, _number(verdict.p) if verdict else None,
+        _number(verdict.p) if verdict else None,
         [change.better, change.worse] if change else None, str(verdict.kind) if verdict else "",
-        ", ".join(filter(None, flags)), cell.seeds, wording.figures(cell), place, total, shown, cell.over_budget,
-        verdict.needed.samples if verdict and verdict.needed else None,
+        ", ".join(filter(None, flags)), wording.repeats(cell), wording.figures(cell), place, total, shown,
+        cell.over_budget, verdict.needed.samples if verdict and verdict.needed else None,
+        _number(made.detectable(change)), _number(cell.kl), _number(cell.top1),
     ]  # fmt: skip
 
 

@@ -28,15 +28,17 @@ _STYLE = style().rc()
 
 def plot(
     run: Run, out_dir: Path, formats: Sequence[str] = ("png", "pdf"), tables: Sequence[TaskTable] | None = None,
-    kinds: Sequence[Kind] | None = None, look: Style | None = None,
+    kinds: Sequence[Kind] | None = None, look: Style | None = None, whole: Run | None = None,
 ) -> list[Path]:  # fmt: skip
-    """Writes the figures and the data behind them; returns the pictures, then the data files.
+    """Writes the figures and the data behind them; returns the pictures, then the data files, then the captions that
+    a look without titles leaves out of the pictures.
 
     One figure per first-token mode, query mode, kind of weights, seed and order of shots; where a run has several, file
     names say which. Empty where no method has finished samples. tables: the run's summary where it is known already.
+    whole: the run of which this is a part, so that verdicts are those of all its comparisons.
     """
     check_formats(formats)
-    return save(sheets(run, tables, kinds), out_dir, formats, look)
+    return save(sheets(run, tables, kinds, whole), out_dir, formats, look)
 
 
 def plot_bench(
@@ -56,10 +58,10 @@ def plot_bench(
 
 
 def sheets(
-    run: Run, tables: Sequence[TaskTable] | None = None, kinds: Sequence[Kind] | None = None
+    run: Run, tables: Sequence[TaskTable] | None = None, kinds: Sequence[Kind] | None = None, whole: Run | None = None
 ) -> list[tuple[str, Any]]:
     """(file name without ending, what it shows) of every figure that the run has data for."""
-    parts = views(run, tables)
+    parts = views(run, tables, whole)
     return [
         named
         for kind in kinds or chosen([])
@@ -84,12 +86,17 @@ def save(
 ) -> list[Path]:
     if built:
         out_dir.mkdir(parents=True, exist_ok=True)
-    pictures, data = [], []
+    pictures, data, captions = [], [], []
+    look = look or style()
     for name, sheet in built:
-        pictures += _draw(sheet, out_dir / name, formats, look or style())
+        drawn, caption = _draw(sheet, out_dir / name, formats, look)
+        pictures += drawn
         data.append(out_dir / f"{name}.json")
         data[-1].write_text(data_text(sheet), encoding="utf-8")
-    return pictures + data
+        if not look.titles:
+            captions.append(out_dir / f"{name}.txt")
+            captions[-1].write_text(f"{caption}\n", encoding="utf-8")
+    return pictures + data + captions
 
 
 def data_text(sheet: Any) -> str:
@@ -105,7 +112,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not abs(value) < float("inf") else value
 
 
-def _draw(sheet: Any, path: Path, formats: Sequence[str], look: Style) -> list[Path]:
+def _draw(sheet: Any, path: Path, formats: Sequence[str], look: Style) -> tuple[list[Path], str]:
+    """(the pictures, their caption: title and subtitle, with what was added in drawing)."""
     import matplotlib as mpl
 
     with mpl.rc_context(look.rc()):
@@ -116,13 +124,14 @@ def _draw(sheet: Any, path: Path, formats: Sequence[str], look: Style) -> list[P
             stamp = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[name]
             figure.savefig(path.with_name(f"{path.name}.{name}"), dpi=look.dpi, metadata=stamp)
             written.append(path.with_name(f"{path.name}.{name}"))
-    return written
+    return written, str(figure.get_label())
 
 
 def check_formats(formats: Sequence[str]) -> None:
     for name in formats:
         if name not in FORMATS:
-            raise KvcliError(f"unknown format '{name}'", given=f"--format {name}", fix=",".join(FORMATS))
+            fix = f"--format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}; several joined by commas: --format png,pdf"
+            raise KvcliError(f"unknown format '{name}'", given=f"--format {name}", fix=fix)
 
 
 __all__ = ["COLOURS", "FORMATS", "KINDS", "LINES", "plot", "plot_bench", "sheets"]

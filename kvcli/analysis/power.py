@@ -31,9 +31,9 @@ class Needed:
 def detectable(found: Difference, level: float = LEVEL) -> float | None:
     """Smallest true loss or gain that has an 80 % chance of being established at this size and level.
 
-    0/1 scores: Connor's formula at the observed share of changed samples, which is never smaller than the difference
-    itself (where hardly a sample changes the chance is rather 90 %). Others: noncentral t, normal for BCa. None where
-    no difference would be.
+    0/1 scores: Connor's formula at the observed share of changed samples; where that is smaller than the difference
+    itself, exactly from the fewest losses that are established. Others: noncentral t, normal for BCa. None where no
+    difference would be.
     """
     basis = found.basis
     if found.interval is None or basis is None:
@@ -58,15 +58,31 @@ def _beta() -> float:
 
 
 def _detectable_share(n: int, discordance: float, level: float) -> float | None:
-    """Connor 1987, Biometrics 43:207, solved for the difference."""
+    """discordance: the observed share of samples that changed.
+
+    Connor 1987, Biometrics 43:207, solved for the difference. Where that exceeds the discordance, hardly a sample
+    changes but by the loss: then the loss that gives the fewest losses needed with POWER, by the binomial.
+    """
     alpha, beta = normal_quantile(level), _beta()
 
     def short(difference: float) -> float:
-        changed = max(discordance, difference)
-        spent = alpha * math.sqrt(changed) + beta * math.sqrt(changed - difference**2)
-        return math.sqrt(n) * difference - spent
+        return (
+            math.sqrt(n) * difference - alpha * math.sqrt(discordance) - beta * math.sqrt(discordance - difference**2)
+        )
 
-    return None if short(1.0) < 0 else float(optimize.brentq(short, 1e-12, 1.0))
+    if discordance and short(discordance) >= 0:
+        return float(optimize.brentq(short, 1e-12, discordance))
+    fewest = fewest_losses(n, level)
+    if fewest is None:
+        return None
+    return max(float(special.betaincinv(fewest, n - fewest + 1, POWER)), discordance)
+
+
+def fewest_losses(n: int, level: float) -> int | None:
+    """Fewest samples of n that must be lost, with none gained, to establish a loss: Tango's interval lies below 0 (the
+    score test of 0 with k losses is z^2 = k) and the mid-p value 2^-k is below 1 - level. None where n are too few."""
+    fewest = max(math.floor(normal_quantile(level) ** 2), math.floor(-math.log2(1 - level))) + 1
+    return fewest if fewest <= n else None
 
 
 def _noncentrality(units: int, level: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -48,6 +49,7 @@ def normal_quantile(level: float) -> float:
     return float(special.ndtri((1 + level) / 2))
 
 
+@functools.cache
 def wilson(successes: int, n: int, level: float = LEVEL) -> Interval:
     """Score interval of one proportion.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from kvcli.analysis import family, matched, wording
-from kvcli.analysis.family import Family
+from kvcli.analysis import matched, phrases, wording
 from kvcli.analysis.load import Run
 from kvcli.analysis.marked import Bullets, Grid, Paragraph, Section, code, section, user
 from kvcli.analysis.matched import Pair
@@ -31,27 +31,30 @@ class Ranking:
 
 
 def rank(run: Run, scores: SampleScores, tables: Sequence[TaskTable], margin: float = MARGIN) -> Ranking:
-    """The method with the highest score of each size against those with its bytes, none over budget. A table whose full
-    is not where it was published is refused.
+    """The method with the highest score of each size against those with its bytes; none over budget, none that in most
+    samples fell back or did nothing. A table is refused whose full is not where it was published or says nothing.
 
     The family is all pairs that the plan asks for the same size. Looking for the best one first costs nothing, because
     intervals hold for all of them; pairs that are not looked at count as p = 1.
     """
-    refused = tuple((table, reason) for table in tables if (reason := unlike_reference(table)))
-    asked = [t for t in tables if not unlike_reference(t) and not (t.first_token == "prefill" and twin(t, tables))]
+    refused = tuple((table, reason) for table in tables if (reason := _refused(table)))
+    asked = [t for t in tables if not _refused(t) and not (t.first_token == "prefill" and twin(t, tables))]
     found = [pair for table in asked for column in table.columns for pair in _with_best(scores, table, column.text)]
-    described = run.meta.get("cells")
-    facts = described.values() if isinstance(described, dict) else ()
-    whole = Family(max(family.between_methods(facts), len(found)), planned=bool(facts))
-    verdicts = judge_all([entry[-1] for entry in found], whole, margin)
+    verdicts = judge_all([entry[-1] for entry in found], matched.family_of(run, tables), margin)
     return Ranking(tuple(Pair(*e, v) for e, v in zip(found, verdicts, strict=True) if v is not None), refused)
+
+
+def _refused(table: TaskTable) -> str:
+    """Why a table's methods are not ranked; empty where they are, or where there is but one."""
+    several = max(Counter(cell.column for cell in table.cells()).values(), default=0) > 1
+    return (phrases.nothing_to_say(table) or unlike_reference(table)) if several else ""
 
 
 def _with_best(
     scores: SampleScores, table: TaskTable, column: str
 ) -> list[tuple[TaskTable, str, CellSummary, CellSummary, Difference]]:
     """The highest score of a column first, in each of its pairs."""
-    cells = {c.label: c for c in table.cells() if c.column == column and c.n and not c.over_budget}
+    cells = {c.label: c for c in table.cells() if c.column == column and c.n and not phrases.not_comparable(c)}
     pairs = matched.pairs({label: cell.measured_ratio for label, cell in cells.items()})
     best = max((cells[label] for pair in pairs for label in pair), key=lambda c: c.score, default=None)
     found = []
@@ -75,12 +78,10 @@ def ranking_section(ranking: Ranking, tables: Sequence[TaskTable]) -> Section | 
             flat.setdefault(named(table, tables), []).append(column)
     if not every and not said:
         return None
-    size = ranking.pairs[0].verdict.family if ranking.pairs else 0
     explained = (
         f"Paired differences between methods whose measured bytes differ by at most {100 * matched.TOLERANCE:.0f} %, "
-        f"on the same samples. The family is all {size} pairs that the plan asks for the same size: intervals hold "
-        "together, p is Holm-adjusted. Methods over budget are not among them. The highest score is no winner: methods "
-        "of the last column may be as good."
+        f"on the same samples. {_family(ranking)} Methods over budget, and those that fell back or did nothing in most "
+        "samples, are not compared. The highest score is no winner: methods of the last column may be as good."
     )
     head = (
         "task",
@@ -103,6 +104,16 @@ def ranking_section(ranking: Ranking, tables: Sequence[TaskTable]) -> Section | 
     )
 
 
+def _family(ranking: Ranking) -> str:
+    size = ranking.pairs[0].verdict.family if ranking.pairs else 0
+    if size < 2:
+        return "The plan asks one pair for the same size: its interval is a 95 % interval, its p is not adjusted."
+    return (
+        f"The family is all {size} pairs that the plan asks for the same size: intervals hold together, p is "
+        "Holm-adjusted."
+    )
+
+
 def _grouped(pairs: Sequence[Pair]) -> list[tuple[tuple[TaskTable, str], list[Pair]]]:
     found: dict[tuple[int, str], list[Pair]] = {}
     for pair in pairs:
@@ -115,18 +126,27 @@ def _row(table: TaskTable, column: str, pairs: Sequence[Pair], tables: Sequence[
     behind = [(pair.second, pair) for pair in pairs if pair.verdict.kind is Kind.GAIN]
     beside = [(pair.second, pair) for pair in pairs if pair.verdict.kind is not Kind.GAIN]
     compared = {other.label for other, _ in behind + beside} | {best.label}
-    apart = [cell.label for cell in table.cells() if cell.column == column and cell.n and cell.label not in compared]
-    said = "; ".join(f"{code(o.label)} {_ends(p)}" for o, p in sorted(behind, key=lambda b: b[0].score))
-    together = ", ".join(code(o.label) for o, _ in beside)
-    left = f" (other bytes or over budget, so not compared: {', '.join(map(code, apart))})" if apart else ""
+    apart = [cell for cell in table.cells() if cell.column == column and cell.n and cell.label not in compared]
+    said = "; ".join(f"{_named(o)} {_ends(p)}" for o, p in sorted(behind, key=lambda b: b[0].score))
+    together = ", ".join(_named(o) for o, _ in beside)
+    why = "; ".join(f"{code(c.label)}, {phrases.not_comparable(c) or 'other bytes'}" for c in apart)
+    left = f" (not compared: {why})" if apart else ""
     return [named(table, tables), column, _score(best), said or NOTHING, (together or "none") + left]
 
 
 def _ends(pair: Pair) -> str:
     interval = pair.verdict.interval
     ends = f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]" if interval else ""
-    return f"{100 * pair.verdict.value:.1f}{ends}"
+    return f"{100 * pair.verdict.value:.1f}{ends}{phrases.p_text(pair.verdict)}"
+
+
+def _named(cell: CellSummary) -> str:
+    """With what it is to be read with."""
+    noted = phrases.note(cell)
+    return code(cell.label) + (f" ({noted})" if noted else "")
 
 
 def _score(cell: CellSummary) -> str:
-    return f"{code(cell.label)} {wording.score(cell.score)}"
+    """With the shares of outputs that say nothing."""
+    noted = phrases.note(cell)
+    return f"{code(cell.label)} {wording.score(cell.score)} ({'; '.join(filter(None, [wording.outputs(cell), noted]))})"

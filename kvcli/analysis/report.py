@@ -6,40 +6,46 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvcli.analysis import stats, wording
-from kvcli.analysis.contents import (
-    Contents,
-    contents,
-    head,
-    how_section,
-    provenance_section,
-    smallest_seen,
-    task_facts,
-)
+from kvcli.analysis import detectable, wording
+from kvcli.analysis.contents import Contents, contents, head
+from kvcli.analysis.how import how_section, provenance_section, task_facts
 from kvcli.analysis.load import Run
 from kvcli.analysis.marked import Block, Bullets, Command, Grid, Paragraph, Section, pieces
+from kvcli.analysis.overview import mark, overview_section
 from kvcli.analysis.stats import Difference
-from kvcli.analysis.tables import CellSummary, TaskTable
+from kvcli.analysis.table import CellSummary, TaskTable
 from kvcli.analysis.verdict_text import named
-from kvcli.analysis.verdicts import Kind, Verdict
 
 FIGURES = "figures"
-"""Folder beside the report whose pictures it shows."""
+"""Folder of pictures beside a report."""
 LONG = 60
 """A table of more rows than this has a line for each method; the numbers of each cell are in the page and in --json."""
-SHORT = {Kind.LOSS: "loss", Kind.GAIN: "gain", Kind.UNCHANGED: "unchanged", Kind.NO_LOSS: "no loss", Kind.OPEN: "open"}
+
+COLUMNS = (
+    "method", "asked", "measured", "n", "score [95 %]", "no answer", "incoherent", "cut",
+    "points to full [95 %, unadjusted]", "relative", "kept", "p (Holm)", "better / worse", "verdict", "flags",
+)  # fmt: skip
+WORDS = ("method", "asked", "verdict", "also", "flags")
+"""Columns that hold no numbers."""
 
 
-def write_report(run: Run, path: Path, tables: Sequence[TaskTable] | None = None, made: Contents | None = None) -> Path:
-    """Writes the report; shows the pictures that lie in figures/ beside it. Returns the path.
+def figures_folder(path: Path) -> Path:
+    """Where the pictures of this report lie: beside it, and never those of another one in the same folder."""
+    return path.with_name(FIGURES if path.stem == "report" else f"{path.stem}-{FIGURES}")
 
-    tables: the run's summary where it is known already; made: all of its contents.
+
+def write_report(
+    run: Run, path: Path, tables: Sequence[TaskTable] | None = None, made: Contents | None = None,
+    pictures: Sequence[str] = (),
+) -> Path:  # fmt: skip
+    """Writes the report and returns its path.
+
+    tables: the run's summary where it is known already; made: all of its contents; pictures: files to show, named from
+    the report's folder.
     """
-    folder = path.parent / FIGURES
-    pictures = sorted(p.name for p in folder.glob("*.png")) if folder.is_dir() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     made = contents(run, tables) if made is None else made
-    path.write_text(document(made, [f"{FIGURES}/{name}" for name in pictures]), encoding="utf-8")
+    path.write_text(document(made, pictures), encoding="utf-8")
     return path
 
 
@@ -50,7 +56,9 @@ def markdown(run: Run, tables: Sequence[TaskTable], pictures: Sequence[str] = ()
 
 def document(made: Contents, pictures: Sequence[str] = ()) -> str:
     parts = [[f"# KV cache compression: {escaped(made.run.model)}", "", *_head(made)]]
-    parts += [_section(part) for part in made.sections()]
+    verdict, *further = made.sections()
+    over_tasks = overview_section(made.tables, made.judged)
+    parts += [_section(part) for part in (verdict, *([over_tasks] if over_tasks else []), *further)]
     parts += [_figures(pictures), _tables(made), _section(how_section(made.run, made.tables))]
     parts += [_section(provenance_section(made.run))]
     return "\n\n".join("\n".join(part).rstrip("\n") for part in parts if part) + "\n"
@@ -95,6 +103,8 @@ def inline(text: str, *, cell: bool = False) -> str:
             drawn.append(as_code(words))
         elif kind == "user":
             drawn.append(escaped(words))
+        elif kind == "raised":
+            drawn.append(f"<sup>{escaped(words)}</sup>")
         else:
             own = words.replace("|", "\\|") if cell else words
             drawn.append(f"**{_bold(words)}**" if kind == "strong" else own)
@@ -123,21 +133,17 @@ def _tables(made: Contents) -> list[str]:
 
 def table_lines(table: TaskTable, made: Contents) -> list[str]:
     """One task as a Markdown table: a row per method and ratio, full first; of many, a row per method."""
-    seen = smallest_seen(made, table)
+    seen = detectable.sentence(table, made.judged)
     lines = [f"{inline(task_facts(table))}; {escaped(wording.mode(table))}.{' ' * bool(seen)}{seen}", ""]
     lines += [f"> {escaped(text)}\n" for text in (*(f"warning: {w}" for w in table.warnings), *table.notes)]
     if len(table.cells()) > LONG:
         return [*lines, *_short_table(table, made)]
     cells = ([table.full] if table.full else []) + table.cells()
     more = any(cell.extra for cell in cells)
-    lines += [
-        "| method | asked | measured | n | score [95 %] | no answer | cut | points to full [95 %] | relative | p "
-        "| better / worse | verdict | " + "also | " * more + "flags |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | "
-        + "--- | " * more
-        + "--- |",
-    ]
-    lines += [_row(cell, made.verdict(cell) if cell is not table.full else None, more) for cell in cells]
+    head = [*COLUMNS[:-1], *["also"] * more, COLUMNS[-1]]
+    lines += ["| " + " | ".join(head) + " |"]
+    lines += ["| " + " | ".join("---" if title in WORDS else "---:" for title in head) + " |"]
+    lines += [_row(cell, table, made, more) for cell in cells]
     return [*lines, "", *_intervals_used(table)]
 
 
@@ -146,57 +152,67 @@ def _short_table(table: TaskTable, made: Contents) -> list[str]:
     columns = [column.text for column in table.columns]
     lines = ["| method | " + " | ".join(map(escaped, columns)) + " |", "| --- |" + " ---: |" * len(columns)]
     for row in table.rows:
-        fields = [_short_cell(row.cells.get(column), made) for column in columns]
+        fields = [_short_cell(row.cells.get(column), table.full, made) for column in columns]
         lines.append(f"| {as_code(row.label)} | " + " | ".join(fields) + " |")
     full = table.full
     if full is None:
         return lines
     kept = wording.score_interval(full.interval)
+    shown = [wording.shares(cell, full) for cell in table.cells()]
+    marks = [mark for mark in wording.SHARES if any(mark in found for found in shown)]
+    shares = "".join(f" {mark}: {wording.SHARE_WORDS[mark]}, in per cent of the outputs." for mark in marks)
     return [
-        f"Full scores {wording.score(full.score)} {kept}, no answer {wording.share(full.no_answer)}, cut "
-        f"{wording.share(full.truncated)}. In the table: points to full, 95 % interval; ?, >: per cent of outputs "
-        "without an answer, cut at the token limit; = unchanged, + no loss beyond the margin. Scores and p of every "
-        "cell: the page (--html) and --json.",
+        f"Full scores {wording.score(full.score)} {kept} ({wording.outputs(full)}). In the table: points to full, 95 % "
+        "interval of the cell alone, unadjusted; bold: a loss or gain with all comparisons considered; = unchanged, + "
+        f"no loss beyond the margin; letters: flags, below, with the records that carry them.{shares} Where no such "
+        f"share stands it is within {100 * wording.ALIKE:.0f} points of full's. Scores, relative change, kept and p of "
+        "every cell: the page (--html) and --json.",
         "",
         *lines,
     ]
 
 
-def _short_cell(cell: CellSummary | None, made: Contents) -> str:
+def _short_cell(cell: CellSummary | None, full: CellSummary | None, made: Contents) -> str:
     if cell is None or cell.difference is None:
         return ""
-    verdict = made.verdict(cell)
-    kind = verdict.kind if verdict else Kind.OPEN
     value = wording.points(cell.difference.value)
-    value = f"**{value}**" if kind in (Kind.LOSS, Kind.GAIN) else value
-    mark = {Kind.UNCHANGED: " =", Kind.NO_LOSS: " +"}.get(kind, "") + " over budget" * cell.over_budget
-    shares = " ".join(wording.shares(cell, None).values())
-    return f"{value} {wording.points_interval(cell.difference.interval)}{mark}{' ' + shares if shares else ''}"
+    value = f"**{value}**" if wording.established(cell) else value
+    flags = [f"{wording.MARKS[flag]}{count}/{cell.records}" for flag, count in cell.flags.items()]
+    shares = wording.shares(cell, full).values()
+    parts = [value, wording.points_interval(cell.difference.interval), mark(cell, made.judged), *flags, *shares]
+    return " ".join(filter(None, parts))
 
 
-def _row(cell: CellSummary, verdict: Verdict | None, more: bool) -> str:
-    change = cell.difference
+def _row(cell: CellSummary, table: TaskTable, made: Contents, more: bool) -> str:
+    """Of full with other weights the difference is to full of the dense model."""
+    verdict = made.verdict(cell)
+    own = cell is table.full
+    change = table.against_dense if own else cell.difference
+    kept = made.kept(table, cell)
     marks = [wording.flag_counts(cell), f"{cell.errors} failed" if cell.errors else ""]
+    marks += ["points to full of the dense model"] * bool(own and change)
     fields = [
         as_code(cell.label), escaped(cell.column), wording.measured(cell.measured_ratio),
-        f"{cell.n}" + (f" x {cell.seeds} seeds" if cell.seeds > 1 else ""),
+        " x ".join(filter(None, [str(cell.n), wording.repeats(cell)])),
         f"{wording.score(cell.score)} {wording.score_interval(cell.interval)}", wording.share(cell.no_answer),
-        wording.share(cell.truncated), _difference(cell), wording.relative(cell.relative) if change else "",
-        wording.p_value(change.p) if change else "", f"{change.better} / {change.worse}" if change else "",
-        SHORT[verdict.kind] if verdict else "", *[escaped(wording.figures(cell))] * more,
-        ", ".join(filter(None, marks)),
+        wording.share(cell.incoherent), wording.share(cell.truncated),
+        _difference(change, wording.established(cell)),
+        wording.relative(cell.relative) if cell.difference else "", wording.kept(kept) if kept else "",
+        wording.p_value(verdict.p) if verdict else "", f"{change.better} / {change.worse}" if change else "",
+        str(verdict.kind) if verdict else "",
+        *[escaped(wording.figures(cell))] * more, ", ".join(filter(None, marks)),
     ]  # fmt: skip
     return "| " + " | ".join(fields) + " |"
 
 
-def _difference(cell: CellSummary) -> str:
-    """'**-12.3** [-16.4, -8.1]', bold where the difference is established by itself."""
-    if cell.difference is None:
+def _difference(change: Difference | None, established: bool) -> str:
+    """'**-12.3** [-16.4, -8.1]'."""
+    if change is None:
         return ""
-    value = wording.points(cell.difference.value)
-    if cell.verdict in ("loss", "gain"):
+    value = wording.points(change.value)
+    if established:
         value = f"**{value}**"
-    return f"{value} {wording.points_interval(cell.difference.interval)}"
+    return f"{value} {wording.points_interval(change.interval)}"
 
 
 def _intervals_used(table: TaskTable) -> list[str]:
@@ -213,7 +229,7 @@ def _intervals_used(table: TaskTable) -> list[str]:
 def _way(difference: Difference) -> str:
     interval = difference.interval
     if interval is None:
-        return "no interval: all samples are one cluster"
+        return "no interval: one sample" if difference.n == 1 else "no interval: all samples are one cluster"
     return f"{interval.method}, p by {difference.test}" + (f" ({interval.note})" if interval.note else "")
 
 
@@ -221,17 +237,19 @@ def _legend(tables: Sequence[TaskTable]) -> list[str]:
     """What the columns and the flags that occur mean."""
     lines = [
         "Columns: *asked* kept ratio or budget; *measured* bytes kept over the 16-bit full cache; *no answer* share "
-        "of outputs without an extractable answer (of requests: incoherent or empty ones); *cut* share stopped by the "
-        "token limit; *relative* (P - P_full) / P_full; *p* two-sided, not adjusted; *better / worse* samples that "
-        "changed; *verdict* all comparisons considered (open: not established); *also* means of what the scorer gives "
-        f"beside the score. **Bold**: established by itself, unadjusted: {stats.ESTABLISHED}.",
+        "of outputs without an extractable answer (of requests: incoherent or empty ones); *incoherent* share of "
+        "outputs that run in circles (of requests: that are no text; - where nothing is generated); *cut* share "
+        "stopped by the token limit; *relative* delta P = (P - P_full) / P_full; *kept* (P - chance) / (P_full - "
+        "chance); *p (Holm)* two-sided, and *verdict*: all comparisons considered; *better / worse* samples that "
+        "changed; *also* means of what the scorer gives beside the score. "
+        "Intervals are of each cell alone: 95 %, unadjusted. **Bold**: established, a loss or gain by the verdict.",
     ]
     if any(column.kind == "match" for table in tables for column in table.columns):
         lines[0] += (" *Asked* `= METHOD`: held, prompt by prompt, to the bytes of that method (whole KV pairs, so to "
                      "within half a pair per KV head), which stands beside them.")  # fmt: skip
     flags = {flag for table in tables for cell in table.cells() for flag in cell.flags}
-    meanings = [wording.MEANING[wording.MARKS[flag]] for flag in wording.MARKS if flag in flags]
-    return lines + ["", *(f"- {escaped(text)}" for text in meanings)] * bool(meanings)
+    meanings = [(wording.MARKS[flag], wording.MEANING[wording.MARKS[flag]]) for flag in wording.MARKS if flag in flags]
+    return lines + ["", *(f"- {mark}, {escaped(text)}" for mark, text in meanings)] * bool(meanings)
 
 
 def escaped(value: object) -> str:

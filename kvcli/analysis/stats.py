@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from kvcli.analysis import spread
 from kvcli.analysis.proportions import LEVEL, Floats, Interval, Pairs, mcnemar_midp, tango, wilson
 from kvcli.analysis.spread import MIN_NONZERO, RESAMPLES, SEED, Codes, Skewed, Spread
@@ -78,7 +76,8 @@ def paired_difference(compressed: Floats, full: Floats, clusters: Codes | None =
     """Mean of compressed - full on the same samples, its interval and its test.
 
     Clusters: t interval over clusters. 0/1 scores: Tango's interval, mid-p McNemar. Graded scores: BCa bootstrap,
-    or a paired t interval with the reason where the differences are too few. compressed, full: [n]; clusters: [n].
+    or a paired t interval with the reason where differences are too few or nearly all the same. compressed, full: [n];
+    clusters: [n].
     """
     difference = compressed - full
     better, worse = int((difference > 0).sum()), int((difference < 0).sum())
@@ -90,11 +89,12 @@ def paired_difference(compressed: Floats, full: Floats, clusters: Codes | None =
     found = spread.spread(difference, codes, -1.0, 1.0)
     basis: Spread | Skewed = found
     interval, test = found.interval(LEVEL), "paired t" if codes is None else "t over clusters"
-    nonzero = better + worse
-    if codes is None and nonzero >= MIN_NONZERO and np.ptp(difference) > 0:
+    few = better + worse < MIN_NONZERO
+    if codes is None and not few and not found.alike:
         interval, basis = spread.bca(difference, LEVEL, seed), spread.skewed(difference)
-    elif codes is None and nonzero < MIN_NONZERO and interval:
-        interval = replace(interval, note=f"fewer than {MIN_NONZERO} non-zero differences, so no bootstrap")
+    elif codes is None and interval:
+        why = f"fewer than {MIN_NONZERO} non-zero differences" if few else "nearly all differences are the same"
+        interval = replace(interval, note=f"{why}, so no bootstrap")
     return Difference(value, interval, spread.t_p(found), test, n, found.units, better, worse, basis)
 
 

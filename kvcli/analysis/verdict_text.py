@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvcli.analysis import wording
+from kvcli.analysis import phrases, wording
+from kvcli.analysis.family import Family
 from kvcli.analysis.judged import Judged
 from kvcli.analysis.marked import Block, Bullets, Paragraph, Section, code, section, strong, user
-from kvcli.analysis.tables import DENSE, MATCH, CellSummary, TaskTable, unlike_reference
+from kvcli.analysis.tables import DENSE, CellSummary, TaskTable, unlike_reference
 from kvcli.analysis.verdicts import Kind, Verdict
 
 OVER_BUDGET = (
-    "Over budget = the method kept more than was asked for, in some samples at least. A loss is a loss all the same, "
-    "but such a cell is not ranked: compare it with other methods at its measured ratio only."
+    "Over budget = the method kept more than was asked for. A loss is a loss all the same, but such a cell is not "
+    "ranked: compare it with other methods at its measured ratio only."
 )
 MOST_NAMED = 8
 """So many methods of a task are named with their numbers in one point; the others by name alone."""
+
+Item = tuple[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -31,18 +34,18 @@ def verdict_section(tables: Sequence[TaskTable], judged: Judged) -> Section:
     """One point for each task, its worst loss first; what was shown, and what was not, under it."""
     spoken = [t for t in tables if not (t.first_token == "prefill" and twin(t, tables))]
     per_table = [(table, _found(table, judged)) for table in spoken]
-    per_table = [(table, found) for table, found in per_table if found]
-    if not per_table:
+    items: list[Item] = []
+    for table, found in per_table:
+        items += [_item(table, tables, found, judged.margin)] if found else []
+        items += _weights_item(table, tables, judged)
+    if not items:
         compared = any(table.rows for table in tables)
-        reason = "there is no finished sample of both `full` and a method" if compared else "only `full` was run"
-        return section("verdict", "Verdict", Paragraph(f"Nothing can be said: {reason.replace('`', '')}."))
-    items = [
-        (_lead(table, tables, found, judged.margin), _points(table, found, judged.margin)) for table, found in per_table
-    ]
+        reason = "there is no finished sample of both full and a method" if compared else "only full was run"
+        return section("verdict", "Verdict", Paragraph(f"Nothing can be said: {reason}."))
     blocks: list[Block] = [Bullets(items), Paragraph(how_judged(judged))]
     if len(spoken) < len(tables):
         blocks.append(Paragraph("First token compressed only; prefill stands beside it in a section of its own."))
-    if any(f.cell.over_budget for _, found in per_table for f in found):
+    if any(f.cell.over_budget for table, found in per_table if not phrases.nothing_to_say(table) for f in found):
         blocks.append(Paragraph(OVER_BUDGET))
     return section("verdict", "Verdict", *blocks)
 
@@ -50,27 +53,37 @@ def verdict_section(tables: Sequence[TaskTable], judged: Judged) -> Section:
 def how_judged(judged: Judged) -> str:
     """What stands behind the sentences: the family, the level, the margin."""
     family = judged.family
-    if not family.planned:
-        fixed = "run.json holds no plan, so they are those found"
-    elif family.commands > 1:
-        fixed = f"the plan grew by {family.commands} commands; all they planned count"
-    else:
-        fixed = "fixed when the sweep was planned"
     many = (
         f"The intervals of all {family.size} comparisons hold together with 95 % (each is made at "
-        f"{100 * family.level:.4g} %; {fixed}), and p-values are Holm-adjusted"
+        f"{100 * family.level:.4g} %; {_fixed(family)}), and p-values are Holm-adjusted"
         if family.size > 1
         else "One comparison, 95 % interval"
     )
+    within = phrases.margin_text(judged.margin)
     return (
-        f"Paired differences to full on the same samples, in percentage points. {many}. No loss beyond "
-        f"{margin_text(judged.margin)} = the interval excludes a larger one; unchanged = it excludes a larger change "
-        f"either way; the margin is {code('--margin')}, to be stated beforehand. Not established is not no loss."
+        f"Paired differences to full on the same samples, in percentage points. {many}. {_looked(family)}No loss "
+        f"beyond {within} = the interval excludes a larger one; unchanged = it excludes a larger change either way; "
+        f"the margin is {code('--margin')}, to be stated beforehand. Not established is not no loss."
     )
 
 
-def margin_text(margin: float) -> str:
-    return f"{100 * margin:g} point{'' if margin == 0.01 else 's'}"
+def _fixed(family: Family) -> str:
+    """When it was known what would be compared."""
+    if not family.planned:
+        return "run.json holds no plan, so they are those found"
+    if family.grown:
+        later = "a later command" if family.grown == 1 else f"{family.grown} later commands"
+        return f"the plan grew by {later}; all that was planned counts"
+    return "fixed when the sweep was planned"
+
+
+def _looked(family: Family) -> str:
+    """Samples added after a look: each further look is one more chance of an error."""
+    if not family.looks:
+        return ""
+    sizes = ", then ".join("all" if size is None else f"{size:,}" for size in family.looks)
+    command = "a later command" if len(family.looks) == 2 else "later commands"
+    return f"Samples were added by {command} ({sizes}): the 95 % hold for one look. "
 
 
 def twin(table: TaskTable, tables: Sequence[TaskTable]) -> TaskTable | None:
@@ -80,6 +93,7 @@ def twin(table: TaskTable, tables: Sequence[TaskTable]) -> TaskTable | None:
 
 
 def prompts_of(table: TaskTable) -> tuple[object, ...]:
+    """All but how the first token is computed; the weights last."""
     return (table.task, table.query, table.shots, table.shot_seed, table.shot_order, table.weights)
 
 
@@ -103,7 +117,7 @@ def told_apart(table: TaskTable, tables: Sequence[TaskTable]) -> str:
     parts = [
         f"first token {table.first_token}" if differ("first_token") else "",
         f"query {table.query}" if differ("query") else "",
-        f"{table.shots} shots" if differ("shots") else "",
+        wording.shots(table.shots) if differ("shots") and table.shots is not None else "",
         f"shot seed {table.shot_seed}" if differ("shot_seed") else "",
         f"shot order {table.shot_order}" if differ("shot_order") else "",
         table.weights if table.weights != DENSE else "",
@@ -111,44 +125,54 @@ def told_apart(table: TaskTable, tables: Sequence[TaskTable]) -> str:
     return ", ".join(filter(None, parts))
 
 
-def at(cell: CellSummary) -> str:
-    """What was asked for, and beside it what was kept where that is more."""
-    asked = f"the bytes of {user(cell.column.removeprefix(MATCH))}" if cell.column.startswith(MATCH) else cell.column
-    over = f" (over budget, measured {wording.measured(cell.measured_ratio)})" if cell.over_budget else ""
-    return f"{asked}{over}"
-
-
-def amount(verdict: Verdict) -> str:
-    """'12.3 points [8.1, 16.4]' of a loss, without signs; of a gain too."""
-    sign = -1 if verdict.kind is Kind.LOSS or (verdict.kind is not Kind.GAIN and verdict.value < 0) else 1
-    interval = verdict.interval
-    ends = "no interval" if interval is None else ", ".join(
-        f"{100 * end + 0.0:.1f}" for end in sorted((sign * interval.low, sign * interval.high))
-    )  # fmt: skip
-    value = f"{100 * sign * verdict.value + 0.0:.1f}"
-    return f"{value} point{'' if value == '1.0' else 's'} [{ends}]".replace("-0.0", "0.0")
-
-
-def needs(verdict: Verdict) -> str:
-    if verdict.interval is None:
-        return "cannot be judged, all samples are one cluster"
-    if verdict.needed is None:
-        return f"n = {verdict.n} is too small"
-    count = verdict.needed.samples
-    return f"need about {count:,}" if count < 10**7 else "no number of samples would do"
-
-
 def _found(table: TaskTable, judged: Judged) -> list[Found]:
     pairs = ((cell, judged.of(cell)) for cell in table.cells())
     return [Found(cell, verdict) for cell, verdict in pairs if verdict is not None]
 
 
-def _lead(table: TaskTable, tables: Sequence[TaskTable], found: Sequence[Found], margin: float) -> str:
-    apart = told_apart(table, tables)
+def _item(table: TaskTable, tables: Sequence[TaskTable], found: Sequence[Found], margin: float) -> Item:
+    """What a task's methods lose. Controls lead only where nothing else was run."""
+    nothing = phrases.nothing_to_say(table)
+    if nothing:
+        return _lead(table, tables, found, f"nothing can be said: {nothing}"), []
+    methods = [f for f in found if not phrases.is_control(f.cell)] or list(found)
+    controls = [f for f in found if f not in methods]
+    points = _points(table, methods, margin) if len(methods) > 1 else []
+    if controls:
+        points.append(f"controls: {' '.join(_points(table, controls, margin))}")
+    return _lead(table, tables, found, _headline(table, methods, margin)), points
+
+
+def _lead(table: TaskTable, tables: Sequence[TaskTable], found: Sequence[Found], said: str) -> str:
     counts = sorted({f.verdict.n for f in found})
     n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    facts = ", ".join(filter(None, [code(table.task), user(apart), f"n = {n}"]))
-    return f"{strong(table.ability or table.task)} ({facts}): {_headline(table, found, margin)}."
+    facts = ", ".join(filter(None, [code(table.task), user(told_apart(table, tables)), f"n = {n}"]))
+    return f"{strong(table.ability or table.task)} ({facts}): {said}."
+
+
+def _weights_item(table: TaskTable, tables: Sequence[TaskTable], judged: Judged) -> list[Item]:
+    """What other weights cost before anything is compressed: their full against full of the dense model."""
+    verdict = judged.of(table.full) if table.full is not None else None
+    if table.full is None or verdict is None:
+        return []
+    prompts = (*prompts_of(table)[:-1], DENSE)
+    dense = next((t for t in tables if prompts_of(t) == prompts and phrases.nothing_to_say(t)), None)
+    said = (
+        f"nothing can be said, with dense weights {phrases.nothing_to_say(dense)}"
+        if dense
+        else _cost(verdict, judged.margin)
+    )
+    said = f"full with these weights against full with dense weights: {said}"
+    return [(_lead(table, tables, [Found(table.full, verdict)], said), [])]
+
+
+def _cost(verdict: Verdict, margin: float) -> str:
+    if verdict.interval is None:
+        return f"cannot be judged, {phrases.lone([verdict])}"
+    if verdict.kind in (Kind.LOSS, Kind.GAIN):
+        small = ", less than the margin" if verdict.small else ""
+        return f"{_heads(margin)[verdict.kind]} {strong(phrases.magnitude(verdict))}{phrases.p_text(verdict)}{small}"
+    return _heads(margin)[verdict.kind] + (phrases.needs([verdict]) if verdict.kind is Kind.OPEN else "")
 
 
 def _headline(table: TaskTable, found: Sequence[Found], margin: float) -> str:
@@ -160,46 +184,65 @@ def _headline(table: TaskTable, found: Sequence[Found], margin: float) -> str:
         )
     if lost:
         worst = min(lost, key=lambda f: f.verdict.value)
-        return f"loses {strong(amount(worst.verdict))} at {at(worst.cell)} with {code(worst.cell.label)}"
-    kinds = {f.verdict.kind for f in found}
-    within = margin_text(margin)
+        size = strong(phrases.magnitude(worst.verdict)) + phrases.p_text(worst.verdict)
+        return f"loses {size} at {phrases.at(worst.cell)} with {code(worst.cell.label)}{_spread(table, found)}"
+    known = [f for f in found if f.verdict.interval is not None]
+    if not known:
+        return f"cannot be judged, {phrases.lone([f.verdict for f in found])}"
+    kinds = {f.verdict.kind for f in known}
+    within = phrases.margin_text(margin)
+    everywhere = "wherever it was measured" if len(known) == len(found) else "wherever it can be judged"
     if kinds == {Kind.UNCHANGED}:
-        return f"unchanged within {within}, wherever it was measured"
+        return f"unchanged within {within}, {everywhere}"
     if kinds <= {Kind.UNCHANGED, Kind.NO_LOSS, Kind.GAIN}:
-        return f"no loss beyond {within}, wherever it was measured"
+        return f"no loss beyond {within}, {everywhere}"
     if kinds == {Kind.OPEN}:
-        samples = [f.verdict.needed.samples for f in found if f.verdict.needed]
-        more = f": need about {min(samples):,} samples or more" if samples and min(samples) < 10**7 else ""
-        return f"not established (n too small{more})"
+        largest = max(known, key=lambda f: abs(f.verdict.value))
+        seen = f"{phrases.signed(largest.verdict)} at {phrases.at(largest.cell)} with {code(largest.cell.label)}"
+        what = "" if len(known) == 1 else "; the largest difference seen"
+        return f"not established{phrases.needs([f.verdict for f in known])}{what}: {seen}"
     return f"no loss established; no loss beyond {within} in some cells, not established in others"
 
 
+def _spread(table: TaskTable, found: Sequence[Found]) -> str:
+    """'; established at 0.1 with 6 of 8 methods, at 0.3 with 2, at 0.5 with none': where else, at one glance."""
+    places: list[str] = []
+    last = 0
+    for column in table.columns:
+        here = [f for f in found if f.cell.column == column.text]
+        if here:
+            of = f" of {len(here)} method{'s' * (len(here) != 1)}" * (len(here) != last)
+            places.append(f"at {phrases.asked(here[0].cell)} with {len(_of(here, Kind.LOSS)) or 'none'}{of}")
+            last = len(here)
+    return f"; established {', '.join(places)}" if len(places) > 1 and len(found) > len(places) else ""
+
+
 def _points(table: TaskTable, found: Sequence[Found], margin: float) -> list[str]:
-    within, ranked = margin_text(margin), not unlike_reference(table)
-    if len({f.verdict.kind for f in found}) == 1 and len(found) == 1:
-        return []
+    """One sentence for each kind of verdict, and one for what cannot have any."""
     order = [column.text for column in table.columns]
-    heads = {
-        Kind.LOSS: "loses", Kind.GAIN: "gains", Kind.NO_LOSS: f"no loss beyond {within}",
-        Kind.UNCHANGED: f"unchanged within {within}", Kind.OPEN: "not established",
-    }  # fmt: skip
     points = []
-    for kind, head in heads.items():
-        cells = _of(found, kind)
+    for kind, head in _heads(margin).items():
+        cells = [f for f in _of(found, kind) if f.verdict.interval is not None]
         if not cells:
             continue
-        text = _amounts(cells, ranked, order) if kind in (Kind.LOSS, Kind.GAIN) else _places(cells, order)
-        points.append(f"{head}{_more_samples(cells) if kind is Kind.OPEN else ''}: {text}.")
+        if kind in (Kind.LOSS, Kind.GAIN):
+            text = _amounts(cells, not unlike_reference(table), order)
+        else:
+            text = _places(cells, order)
+        more = phrases.needs([f.verdict for f in cells]) if kind is Kind.OPEN else ""
+        points.append(f"{head}{more}: {text}.")
+    alone = [f for f in found if f.verdict.interval is None]
+    if alone:
+        points.append(f"cannot be judged ({phrases.lone([f.verdict for f in alone])}): {_places(alone, order)}.")
     return points
 
 
-def _more_samples(found: Sequence[Found]) -> str:
-    """How many samples the nearest of open cells would need."""
-    asked = [f.verdict for f in found if f.verdict.needed and f.verdict.needed.samples < 10**7]
-    if not asked:
-        return " (n too small)"
-    least = min(asked, key=lambda v: v.needed.samples if v.needed else 0)
-    return f" (n too small: {needs(least)}{' or more' if len(found) > 1 else ''})"
+def _heads(margin: float) -> dict[Kind, str]:
+    within = phrases.margin_text(margin)
+    return {
+        Kind.LOSS: "loses", Kind.GAIN: "gains", Kind.NO_LOSS: f"no loss beyond {within}",
+        Kind.UNCHANGED: f"unchanged within {within}", Kind.OPEN: "not established",
+    }  # fmt: skip
 
 
 def _amounts(found: Sequence[Found], ranked: bool, order: Sequence[str]) -> str:
@@ -207,22 +250,29 @@ def _amounts(found: Sequence[Found], ranked: bool, order: Sequence[str]) -> str:
     groups = list(_by_method(found).items())
     if ranked:
         groups.sort(key=lambda g: -max(abs(f.verdict.value) for f in g[1]))
-    named = []
+    named, alike = [], _same_p([f for _, cells in groups for f in cells])
     for name, cells in groups[:MOST_NAMED]:
         worst = max(cells, key=lambda f: abs(f.verdict.value))
         also = [f.cell for f in cells if f is not worst]
-        text = f"{code(name)} {amount(worst.verdict)} at {at(worst.cell)}"
-        text += ", less than the margin" if worst.verdict.small else ""
-        named.append(text + (f" (also at {where(also, order)})" if also else ""))
+        place = phrases.at(worst.cell, f"also at {phrases.where(also, order)}" if also else "")
+        size = phrases.magnitude(worst.verdict) if alike else phrases.amount(worst.verdict)
+        named.append(f"{code(name)} {size} at {place}{', less than the margin' if worst.verdict.small else ''}")
     more = [code(name) for name, _ in groups[MOST_NAMED:]]
-    return "; ".join(named) + (f"; and {', '.join(more)} (tables below)" if more else "")
+    left = f"; and {', '.join(more)} (tables below)" if more else ""
+    return "; ".join(named) + left + (f"; all {alike}" if alike else "")
+
+
+def _same_p(found: Sequence[Found]) -> str:
+    """'adjusted p < 0.001' where it is so of several cells, of all of them: it is said once then. Else empty."""
+    texts = {phrases.p_words(f.verdict) for f in found}
+    return texts.pop() if len(found) > 1 and len(texts) == 1 else ""
 
 
 def _places(found: Sequence[Found], order: Sequence[str]) -> str:
     """Methods by the sizes they share."""
     shared: dict[str, list[str]] = {}
     for name, cells in _by_method(found).items():
-        shared.setdefault(where([f.cell for f in cells], order), []).append(code(name))
+        shared.setdefault(phrases.where([f.cell for f in cells], order), []).append(code(name))
     return "; ".join(f"{', '.join(methods)} at {places}" for places, methods in shared.items())
 
 
@@ -231,21 +281,6 @@ def _by_method(found: Sequence[Found]) -> dict[str, list[Found]]:
     for f in found:
         groups.setdefault(f.cell.label, []).append(f)
     return groups
-
-
-def where(cells: Sequence[CellSummary], order: Sequence[str]) -> str:
-    """'0.1, 0.4 to 0.9': neighbouring columns as a range; cells over budget by themselves."""
-    runs: list[list[CellSummary]] = []
-    for cell in sorted(cells, key=lambda c: order.index(c.column)):
-        last = runs[-1][-1] if runs else None
-        near = last is not None and order.index(cell.column) == order.index(last.column) + 1
-        if last is not None and near and not (cell.over_budget or last.over_budget):
-            runs[-1].append(cell)
-        else:
-            runs.append([cell])
-    return ", ".join(
-        f"{at(run[0])} to {at(run[-1])}" if len(run) > 2 else ", ".join(map(at, run)) for run in runs
-    )  # fmt: skip
 
 
 def _of(found: Sequence[Found], kind: Kind) -> list[Found]:

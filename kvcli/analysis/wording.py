@@ -5,26 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from kvcli.analysis import stats
+from kvcli.analysis.retention import Relative
 from kvcli.analysis.stats import Interval
-from kvcli.analysis.tables import DENSE, MATCH, OWN, CellSummary, TaskTable
+from kvcli.analysis.table import DENSE, MATCH, OWN, CellSummary, TaskTable
 
 MARKS = {"noop": "n", "over_budget": "o", "fallback": "f", "unreachable": "u", "simulated": "s"}
 ESTABLISHED, INCOMPLETE = "*", "i"
 MEANING = {
-    ESTABLISHED: f"established: {stats.ESTABLISHED}; not adjusted for the number of comparisons",
+    ESTABLISHED: "established: a loss or gain with all comparisons of the sweep considered",
     "n": "noop: some prompts were too short to compress; nothing was evicted from them",
     "o": "over_budget: in some samples protected tokens exceed the budget; compare at the measured ratio only",
     "f": "fallback: the method could not do what its name says at this size",
     "u": "unreachable: this ratio, or the bytes to match, are outside the method's range",
     "s": "simulated: the memory was not really freed",
-    INCOMPLETE: "fewer finished samples than full: failed or not run yet",
+    INCOMPLETE: "fewer finished samples than were asked for: failed or not run yet",
 }
 """Mark after a difference -> what it means, in the order of the legend."""
-SHARES = {"?": "no_answer", ">": "truncated"}
+SHARES = {"?": "no_answer", "~": "incoherent", ">": "truncated"}
 """Mark before a share of outputs in per cent -> the field of a cell it is of."""
+SHARE_WORDS = {"?": "without an answer", "~": "incoherent", ">": "cut at the token limit"}
 SHARE_MEANING = {
     "?": "so many per cent of the outputs hold no answer (to requests: are incoherent or empty)",
+    "~": "so many per cent of the outputs are no text: they run in circles (to requests: are incoherent or empty)",
     ">": "so many per cent of the outputs were cut at the token limit",
 }
 
@@ -33,8 +35,8 @@ def score(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2f}"
 
 
-def share(value: float) -> str:
-    return f"{100 * value:.0f} %"
+def share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f} %"
 
 
 def points(value: float) -> str:
@@ -44,6 +46,19 @@ def points(value: float) -> str:
 
 def relative(value: float | None) -> str:
     return "-" if value is None else f"{100 * value + 0.0:+.1f} %".replace("-0.0 ", "+0.0 ")
+
+
+def kept(found: Relative) -> str:
+    """Chance-adjusted retention: '85 % [78, 91]'; without ends where full is not clearly above chance."""
+    if found.value is None:
+        return "-"
+    ends = found.interval
+    shown = f" [{_percent(ends.low)}, {_percent(ends.high)}]" if ends else ""
+    return f"{_percent(found.value)} %{shown}"
+
+
+def _percent(value: float) -> str:
+    return "?" if math.isinf(value) else f"{round(100 * value)}"
 
 
 def p_value(value: float | None) -> str:
@@ -78,11 +93,22 @@ def off_target(cell: CellSummary) -> bool:
     return abs(cell.measured_ratio - float(cell.column)) > 0.01
 
 
+def established(cell: CellSummary) -> bool:
+    """What every output sets in bold or marks with *: a loss or gain with all comparisons of the sweep considered."""
+    return cell.in_family in ("loss", "gain")
+
+
 def marks(cell: CellSummary, full: CellSummary | None) -> str:
     """All marks of one cell, e.g. '*o'."""
-    found = ESTABLISHED if cell.verdict in ("loss", "gain") else ""
-    found += "".join(mark for flag, mark in MARKS.items() if cell.flags.get(flag))
-    return found + (INCOMPLETE if full and cell.n < full.n else "")
+    found = ESTABLISHED if established(cell) else ""
+    return found + flag_marks(cell) + (INCOMPLETE if _incomplete(cell, full) else "")
+
+
+def _incomplete(cell: CellSummary, full: CellSummary | None) -> bool:
+    """Whether records are missing that a command asked for; where run.json does not say, those that full has."""
+    if cell.asked is not None:
+        return cell.records < cell.asked
+    return full is not None and cell.n < full.n
 
 
 ALIKE = 0.02
@@ -90,15 +116,40 @@ ALIKE = 0.02
 
 
 def shares(cell: CellSummary, full: CellSummary | None = None) -> dict[str, str]:
-    """Shares above zero that a score is to be read with, by their mark: {'?': '?12'}. full: only those unlike its."""
+    """Shares of outputs that a score is to be read with, by their mark: {'?': '?12'}. full: only those unlike its."""
     known = full if full is not None and full.n else None
     found = {}
     for mark, name in SHARES.items():
-        share = getattr(cell, name)
-        shown = share > 0 if known is None else abs(share - getattr(known, name)) > ALIKE
-        if shown:
-            found[mark] = f"{mark}{round(100 * share) or int(share > 0)}"
+        share, usual = getattr(cell, name), getattr(known, name, None)
+        if share is not None and (usual is None or abs(share - usual) > ALIKE):
+            found[mark] = f"{mark}{_whole(share)}"
     return found
+
+
+def _whole(share: float) -> int:
+    """In per cent; what is above zero is not shown as zero."""
+    return round(100 * share) or int(share > 0)
+
+
+def outputs(cell: CellSummary) -> str:
+    """'no answer 2 %, incoherent 0 %, cut 12 %': all shares, for text around a score."""
+    named = {"no answer": cell.no_answer, "incoherent": cell.incoherent, "cut": cell.truncated}
+    return ", ".join(f"{name} {_whole(value)} %" for name, value in named.items() if value is not None)
+
+
+def repeats(cell: CellSummary) -> str:
+    """'3 seeds x 2 draws'; empty for one of each."""
+    seeds, draws = cell.repeats
+    if cell.seeds == 1:
+        return ""
+    if cell.seeds != seeds * draws:
+        return f"{cell.seeds} seeds and draws"
+    parts = [f"{seeds} seeds"] * (seeds > 1) + [f"{draws} draws"] * (draws > 1)
+    return " x ".join(parts)
+
+
+def shots(count: int) -> str:
+    return f"{count} shot{'' if count == 1 else 's'}"
 
 
 def figures(cell: CellSummary) -> str:
@@ -112,6 +163,11 @@ def legend(found: Iterable[str]) -> list[tuple[str, str]]:
     return [(mark, meaning) for mark, meaning in MEANING.items() if mark in used]
 
 
+def flag_marks(cell: CellSummary) -> str:
+    """'of': the marks of the flags that some records carry."""
+    return "".join(mark for flag, mark in MARKS.items() if cell.flags.get(flag))
+
+
 def flag_counts(cell: CellSummary) -> str:
     """'noop 12/200': every flag with its number of records."""
     return ", ".join(f"{name} {count}/{cell.records}" for name, count in cell.flags.items())
@@ -123,7 +179,7 @@ def mode(table: TaskTable) -> str:
     if table.query != "aware":
         parts.append(f"query {table.query}")
     if table.shots is not None:
-        parts.append(f"{table.shots} shot{'' if table.shots == 1 else 's'}")
+        parts.append(shots(table.shots))
     if table.weights != DENSE:
         parts.append(f"weights {table.weights}")
     return ", ".join(parts)

@@ -22,9 +22,10 @@ figure 3b, leaves as many out."""
 LOCAL = 32
 """Local attention: a query's own token and those before it, so many together."""
 SHARES = (0.90, 0.95)
-MEASURES = ("keys_90", "keys_95", "entropy", "sink_mass", "local_mass")
-"""Of one query: the share of the keys it sees that holds 90 and 95 % of its attention, entropy in nats, what the first
-SINKS tokens and the LOCAL nearest ones receive."""
+MEASURES = ("keys_90", "keys_95", "entropy", "entropy_share", "sink_mass", "local_mass")
+"""Of one query: the share of the keys it sees that holds 90 and 95 % of its attention, entropy in nats and as a share
+of the most it can be (the logarithm of how many keys it sees), what the first SINKS tokens and the LOCAL nearest ones
+receive."""
 EVERY_ROW, SOME_ROWS = 1024, 256
 """Up to so many queries all are measured; of more, so many evenly spaced ones."""
 CURVES = ("with", "without", "without, of all")
@@ -100,7 +101,8 @@ def measure(p: Tensor, positions: Tensor) -> Tensor:
     near = keys > at[:, None] - LOCAL  # what lies behind a query is zero
     exact = p.double()
     entropy = torch.special.entr(exact).sum(-1)
-    return torch.stack([*shares, entropy, exact[..., :SINKS].sum(-1), (exact * near).sum(-1)])
+    most = seen.log().clamp_min(torch.finfo(torch.double).tiny)  # of one key there is nothing to spread
+    return torch.stack([*shares, entropy, entropy / most, exact[..., :SINKS].sum(-1), (exact * near).sum(-1)])
 
 
 def pooled(p: Tensor, block: int) -> tuple[Tensor, Tensor]:

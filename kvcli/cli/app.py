@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -98,20 +101,60 @@ def _load(name: str) -> Any:
         app.command(name)(module.command)
     command = get_command(app)
     command.name = name
-    command.help = _reflowed(command.help or "")
+    for one in (command, *getattr(command, "commands", {}).values()):
+        one.help = _reflowed(one.help or "")
+        _plain_options(one)
     return command
 
 
+def _plain_options(command: Any) -> None:
+    """In help, a switch shows no type, and a default said in words stands there without parentheses around it."""
+    for option in command.params:
+        if getattr(option, "is_flag", False):
+            option.metavar = ""
+        if isinstance(option.show_default, str):
+            option.help = f"{option.help or ''} \\[default: {option.show_default}]".strip()  # brackets are markup
+            option.show_default = False
+    made = command.get_help_option
+
+    def help_option(ctx: Any) -> Any:
+        option = made(ctx)
+        if option is not None:
+            option.metavar = ""
+        return option
+
+    command.get_help_option = help_option
+
+
 def _reflowed(text: str) -> str:
-    """Paragraphs as one line each, so that help wraps at the terminal's width; those marked \\b stay as they are."""
+    """Paragraphs as one line each, so that help wraps at the terminal's width; those marked \\b keep their lines."""
     paragraphs = text.split("\n\n")
     return "\n\n".join(map(_paragraph, paragraphs))
 
 
 def _paragraph(text: str) -> str:
-    if text.startswith("\b"):
-        return text
-    return f"\b\n{text}" if text.startswith("Examples:") else text.replace("\n", " ")
+    plain = text.removeprefix("\b\n")
+    if plain.startswith("Examples:"):
+        room = shutil.get_terminal_size().columns - 2
+        return "\b\n" + "\n".join(piece for line in plain.split("\n") for piece in _broken(line, room))
+    return text if plain != text else text.replace("\n", " ")
+
+
+def _broken(line: str, room: int) -> Iterator[str]:
+    """A command too long for its line goes on in the next, before an option, behind a backslash: it can be copied."""
+    if len(line) <= room:
+        yield line
+        return
+    words = re.findall(r"""(?:"[^"]*"|'[^']*'|\S)+""", line)
+    line = "  " + words[0]
+    for i, word in enumerate(words[1:], 1):
+        ahead = [word, *words[i + 1 : i + 2]] if word.startswith("-") else [word]  # an option and its value
+        if len(" ".join([line, *ahead])) > room - 2 and line.strip():
+            yield f"{line} \\"
+            line = "      " + word
+        else:
+            line = f"{line} {word}"
+    yield line
 
 
 def _version(asked: bool) -> None:
@@ -139,13 +182,15 @@ def _build(args: Sequence[str]) -> Any:
     app = typer.Typer(
         name="kvcli",
         cls=_Commands,
-        help=_HELP,
+        help=_reflowed(_HELP),
         add_completion=not args or args[0].startswith("-"),
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["--help", "-h"]},
     )
     app.callback(invoke_without_command=True)(_top)
-    return get_command(app)
+    command = get_command(app)
+    _plain_options(command)
+    return command
 
 
 def _invoke(args: list[str]) -> int:
@@ -182,7 +227,18 @@ def _usage(e: Any, args: Sequence[str]) -> KvcliError:
     listing = f"{context.command_path if context else named} --help"
     close = sorted(getattr(e, "possibilities", None) or [])
     fix = f"{' or '.join(close)}     ({listing} shows all)" if close else listing
+    newest = _newest_run() if what == "missing argument 'RUN'" else None
+    if newest is not None:
+        fix = f"{named} {newest}     (the newest; kvcli list runs shows all)"
     return KvcliError(what, given=_typed(args), fix=fix)
+
+
+def _newest_run(root: Path = Path("runs")) -> Path | None:
+    """The result folder that was written last."""
+    from kvcli.results import store
+
+    found = [path for path in root.iterdir() if store.is_run(path)] if root.is_dir() else []
+    return max(found, key=lambda path: (max(p.stat().st_mtime for p in path.iterdir()), path.name), default=None)
 
 
 def _environment(e: OSError) -> KvcliError | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +16,8 @@ from kvcli.errors import KvcliError
 
 if TYPE_CHECKING:
     from kvcli.analysis.attention import Atlas
+    from kvcli.analysis.figures.style import Style
+    from kvcli.config import SweepConfig
     from kvcli.engine.map_request import Asked
 
 _PICTURE = "Pictures"
@@ -41,7 +45,13 @@ def command(
                 metavar="N", show_default=str(DEFAULT_LIMIT)),
     ] = None,
     shots: o.Shots = None, shot_seed: o.ShotSeeds = None, shot_order: o.ShotOrders = None,
-    method: o.Methods = None, ratio: o.Ratios = None, budget: o.Budgets = None, strict_window: o.StrictWindow = None,
+    method: o.Methods = None,
+    ratio: Annotated[
+        list[str] | None,
+        _option("--ratio", "-r", help="Kept ratios: 0.1,0.5 or 0.1..0.9:0.2.", metavar="RATIOS",
+                show_default=f"{DEFAULT_RATIO} without --budget"),
+    ] = None,
+    budget: o.Budgets = None, query: o.Query = None, seed: o.Seeds = None, strict_window: o.StrictWindow = None,
     layer: Annotated[
         str | None,
         _option("--layer", help="Layer of the map, counted from 0, or mean.", metavar="N|mean",
@@ -61,9 +71,18 @@ def command(
                      show_default=True)
     ] = "all",
     html: Annotated[bool, _option("--html", help="Write a page to explore as well.")] = False,
+    style: Annotated[
+        str, _option("--style", help="paper: column widths and type of a print page.", metavar="screen|paper",
+                     show_default=True)
+    ] = "screen",
+    theme: Annotated[
+        str, _option("--theme", help="Colour of the figures' page.", metavar="light|dark", show_default=True)
+    ] = "light",
     formats: Annotated[
-        str, _option("--format", help="png, pdf or svg, joined by commas.", metavar="LIST", show_default=True)
-    ] = "png,pdf",
+        str | None,
+        _option("--format", help="png, pdf or svg, joined by commas.", metavar="LIST",
+                show_default="png,pdf; with --style paper pdf"),
+    ] = None,
     out: Annotated[
         Path | None,
         _option("--out", "-o", help="Folder to write into.", metavar="FOLDER", show_default="attn-maps/MODEL-HASH"),
@@ -78,29 +97,42 @@ def command(
     Writes figures (the map of a head with the prompt's regions, measures of all heads, attention per region and shot,
     cumulative curves, and with --method which tokens are kept) and the data behind them as attn-map.npz and
     attn-map.json; --html adds one page to explore. Several tasks are drawn side by side. No n x n tensor over all heads
-    is made, so that long prompts work. The text of harmful prompts is left out unless --store-prompts is given.
+    is made, so that long prompts work. --query agnostic shows what is kept
+    before the question is known. The text of harmful prompts is left out unless --store-prompts is given.
 
     \b
     Examples:
       kvcli attn-map --task tb_arithmetic,tb_safety --method snapkv,shotkv --ratio 0.2 --html
       kvcli attn-map --model llama3.1-8b-instruct --task mmlu,commonsense_qa,gsm8k,jailbreakv
-      kvcli attn-map --text "the cat sat on the mat" --layer mean --head mean
+      kvcli attn-map --text "red fish black goat white wolf" --layer mean --head mean
     """
     typed = {
-        "model": model, "method": method, "ratio": ratio, "task": task, "budget": budget, "seed": None, "shots": shots,
-        "decode_budget": None, "shot_seed": shot_seed, "shot_order": shot_order, "first_token": None, "query": None,
+        "model": model, "method": method, "ratio": ratio, "task": task, "budget": budget, "seed": seed, "shots": shots,
+        "decode_budget": None, "shot_seed": shot_seed, "shot_order": shot_order, "first_token": None, "query": query,
         "system": system, "decode_ratio": None, "strict_window": strict_window, "limit": limit,
         "store_prompts": store_prompts, "tokenizer": tokenizer, "dtype": dtype, "device": device, "attn": attn,
         "template": template, "trust_remote_code": trust_remote_code, "max_prompt_tokens": max_prompt_tokens,
         "truncate": truncate, "threads": threads, "data_dir": data_dir,
     }  # fmt: skip
     picked = {"layer": layer, "head": head, "blocks": blocks, "samples": tuple(sample or ())}
-    perform(typed, picked, _texts(text or [], file or [], task, sample), queries, html, formats, out, json)
+    drawing = Drawing(queries, html, formats or ("pdf" if style == "paper" else "png,pdf"), style, theme)
+    perform(typed, picked, _texts(text or [], file or [], task, sample), drawing, out, json)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How figures are drawn, as typed. queries: whose attention they measure."""
+
+    queries: str
+    html: bool
+    formats: str
+    style: str
+    theme: str
 
 
 def perform(
-    typed: dict[str, Any], picked: dict[str, Any], texts: tuple[tuple[str, str], ...], queries: str, html: bool,
-    formats: str, out: Path | None, json: bool,
+    typed: dict[str, Any], picked: dict[str, Any], texts: tuple[tuple[str, str], ...], drawing: Drawing,
+    out: Path | None, json: bool,
 ) -> None:  # fmt: skip
     """Checks, maps, draws, says what was written. Raises KvcliError for everything the user can mend."""
     from kvcli.cli.running import quiet_libraries
@@ -110,12 +142,14 @@ def perform(
 
     config = _config(typed)
     source = parse_model(config.model)
-    one_of("--queries", queries, QUERIES)
+    one_of("--queries", drawing.queries, QUERIES)
     positive("--blocks", picked["blocks"])
-    wanted = [name.strip() for name in formats.split(",")]
+    wanted = [name.strip() for name in drawing.formats.split(",")]
     from kvcli.analysis.attention_plots import check_formats
+    from kvcli.analysis.figures.style import style
 
     check_formats(wanted)
+    look = style(drawing.style, drawing.theme)
     asked = [config.to_dict(), picked, texts]
     folder = out or Path("attn-maps") / f"{source.short}-{stable_hash(asked, 8)}"
     _check_out(folder)
@@ -128,7 +162,7 @@ def perform(
     request_of(request)
     output.note(f"figures: {folder}")
     found = _mapped(request)
-    files = _written(found, folder, wanted, queries, html)
+    files = _written(found, folder, wanted, drawing, look)
     if json:
         output.json_result({"folder": str(folder), **{kind: list(map(str, paths)) for kind, paths in files.items()}})
     else:
@@ -145,9 +179,7 @@ def _config(typed: dict[str, Any]) -> Any:
     ratios = config.ratios or (() if config.budgets else (DEFAULT_RATIO,))
     limit = config.limit if config.limit is not None else DEFAULT_LIMIT
     # methods that evict the last prompt token as well can be asked too: nothing is generated here
-    return dataclasses.replace(
-        config, methods=methods, ratios=ratios, limit=limit, first_token=("prefill",), query=("aware",)
-    )
+    return dataclasses.replace(config, methods=methods, ratios=ratios, limit=limit, first_token=("prefill",))
 
 
 def _texts(
@@ -172,12 +204,13 @@ def _texts(
 
 
 def _check_out(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise KvcliError(f"{folder} is a file", given=f"--out {folder}", fix="--out with a folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise KvcliError(f"cannot write {folder}: {e.strerror}", given=f"--out {folder}", fix="another --out") from e
+    """Before anything is computed; the folder is made when there is something to write. Raises KvcliError."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        what = f"{folder} is a file" if there == folder else f"cannot write {folder}: {there} is a file"
+        raise KvcliError(what, given=f"--out {folder}", fix="--out with a folder")
+    if not os.access(there, os.W_OK):
+        raise KvcliError(f"cannot write {folder}: no permission", given=f"--out {folder}", fix="another --out")
 
 
 def _mapped(request: Asked) -> Atlas:
@@ -186,7 +219,7 @@ def _mapped(request: Asked) -> Atlas:
 
     with output.progress("attention") as bar:
         found = map_prompts(request, output.note, lambda done, total, what: bar.update(done, total, task=what))
-    for warning in found.warnings:
+    for warning in [*found.warnings, *_unknown(found.meta, request)]:
         output.warn(warning)
     if found.meta["chosen"]["note"]:
         chosen = found.meta["chosen"]
@@ -194,12 +227,34 @@ def _mapped(request: Asked) -> Atlas:
     return Atlas(found.meta, found.arrays)
 
 
-def _written(found: Atlas, folder: Path, formats: list[str], queries: str, html: bool) -> dict[str, list[Path]]:
+def _unknown(meta: dict[str, Any], request: Asked) -> list[str]:
+    """Of a user's own texts, how much of them the model does not read as it stands there."""
+    if not request.texts:
+        return []
+    counted = [(prompt["sample"], len(prompt["unknown"]), prompt["n"]) for prompt in meta["prompts"]]
+    return [
+        f"{name}: {some} of {n} tokens are unknown to the tokenizer, the model sees <unk> instead"
+        for name, some, n in counted
+        if some
+    ]
+
+
+def _written(
+    found: Atlas, folder: Path, formats: list[str], drawing: Drawing, look: Style
+) -> dict[str, list[Path]]:  # fmt: skip
+    """Raises KvcliError where the folder cannot be written."""
+    try:
+        return _files(found, folder, formats, drawing, look)
+    except OSError as e:
+        raise KvcliError(f"cannot write {folder}: {e.strerror}", given=f"--out {folder}", fix="another --out") from e
+
+
+def _files(found: Atlas, folder: Path, formats: list[str], drawing: Drawing, look: Style) -> dict[str, list[Path]]:
     from kvcli.analysis.attention import NAME, write
     from kvcli.analysis.attention_plots import draw
 
-    files = {"figures": draw(found, folder, formats, queries), "data": write(found, folder), "pages": []}
-    if html:
+    files = {"figures": draw(found, folder, formats, drawing.queries, look), "data": write(found, folder), "pages": []}
+    if drawing.html:
         from kvcli.analysis.attention_page import page
 
         files["pages"].append(folder / f"{NAME}.html")
@@ -217,4 +272,22 @@ def _next(found: Atlas, request: Asked) -> None:
     tasks = ",".join(dict.fromkeys(g["task"] for g in found.groups))
     methods = ",".join(dict.fromkeys(e["method"] for p in found.prompts for e in p["kept"])) or "tier1"
     words = ["kvcli", "sweep", "--model", config.model, "--task", tasks, "--method", methods]
-    output.next_command(shlex.join([*words, "--ratio", ",".join(config.ratios)] if config.ratios else words))
+    for option, value in _settings(config):
+        words += [option, value]
+    words += ["--strict-window"] * config.strict_window
+    output.next_command(shlex.join(words))
+
+
+def _settings(config: SweepConfig) -> Iterator[tuple[str, str]]:
+    """The options that decide prompts and cells, where they are not those of a sweep without them."""
+    usual = type(config)()
+    for name in ("ratios", "budgets", "query", "seeds", "shots", "shot_seeds", "shot_orders"):
+        values = getattr(config, name, ())
+        if values and values != getattr(usual, name, None):
+            option = {"ratios": "ratio", "budgets": "budget", "seeds": "seed", "shot_seeds": "shot-seed",
+                      "shot_orders": "shot-order"}.get(name, name)  # fmt: skip
+            yield f"--{option}", ",".join(map(str, values))
+    for name in ("tokenizer", "template", "system", "max_prompt_tokens", "truncate", "data_dir"):
+        value = getattr(config, name, None)
+        if value is not None and value != getattr(usual, name, None):
+            yield f"--{name.replace('_', '-')}", str(value)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kvcli.cli import output
+from kvcli.cli.following import next_in
 from kvcli.errors import Exit, KvcliError
 from kvcli.results import store
 from kvcli.results.schema import KEY, SCHEMA, check_record
@@ -155,8 +156,8 @@ def _compact_file(path: Path, keys: tuple[str, ...]) -> list[str]:
     if broken:
         store.set_aside(path, broken)
     store.write_atomic(path, b"".join(whole.values()))
-    parts = [f"{len(broken)} broken lines moved to {path.name}.torn"] * bool(broken)
-    parts += [f"{replaced} replaced lines dropped"] * bool(replaced)
+    parts = [f"{output.count(len(broken), 'broken line')} moved to {path.name}.torn"] * bool(broken)
+    parts += [f"{output.count(replaced, 'replaced line')} dropped"] * bool(replaced)
     return [f"{path}: {', '.join(parts)}"]
 
 
@@ -169,10 +170,10 @@ def _print(folder: Path, found: Checked, fixed: list[str]) -> None:
         if len(found.problems) > len(shown):
             output.note(f"and {len(found.problems) - len(shown)} more")
     failed = f", {found.errors} of failed samples" if found.errors else ""
-    replaced = f", {found.replaced} replaced lines" if found.replaced else ""
-    count = len(found.problems)
-    output.result(f"{folder}: {found.records} records{failed}{replaced}, {count or 'no'} problem{'s' * (count != 1)}")
+    replaced = f", {output.count(found.replaced, 'replaced line')}" if found.replaced else ""
+    problems = output.count(len(found.problems), "problem") if found.problems else "no problems"
+    output.result(f"{folder}: {output.count(found.records, 'record')}{failed}{replaced}, {problems}")
     if any(p.fixable for p in found.problems) or (found.replaced and not found.problems):
         output.next_command(f"kvcli check {folder} --fix")
     else:
-        output.next_command(f"kvcli report {folder}")
+        next_in(folder, f"kvcli status {folder}")

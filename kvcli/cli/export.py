@@ -34,6 +34,9 @@ def command(
     harmful: Annotated[
         bool, typer.Option("--harmful-texts", help="Texts of harmful tasks too; prompts only where they were stored.")
     ] = False,
+    margin: Annotated[
+        float, typer.Option("--margin", help="Points; of the verdicts in tables, as in kvcli report.")
+    ] = 2.0,
     organization: Annotated[
         str, typer.Option("--organization", metavar="NAME", help="Who measured, for every-eval-ever.")
     ] = "unknown",
@@ -49,8 +52,8 @@ def command(
 ) -> None:
     """Write results as CSV, Parquet, lm-eval or Every Eval Ever files.
 
-    Tables: one row per cell and sample, and one per cell with intervals and
-    differences to full. The other two have one model per method and size
+    Tables: one row per cell and sample, and one per cell with intervals,
+    differences to full and verdicts. The other two have one model per method and size
     (docs/export.md). Texts of harmful tasks are left out unless asked for.
 
     \b
@@ -59,11 +62,17 @@ def command(
       kvcli export demo --format parquet --outputs
       kvcli export demo --format lm-eval --out shared/lm-eval
     """
-    from kvcli.analysis.export import TABLES, Wanted, export, hidden
+    from kvcli.analysis.export import FORMATS, TABLES, Wanted, export, hidden
     from kvcli.analysis.load import find_run, load_run
     from kvcli.cli import output
-    from kvcli.errors import unknown
+    from kvcli.cli.following import next_in
+    from kvcli.errors import KvcliError, unknown
 
+    if form is not None and form not in FORMATS:
+        fix = f"--format {' or '.join(FORMATS)}"
+        raise KvcliError(f"unknown format '{form}'", given=f"--format {form}", fix=fix)
+    if not 0 < margin < 100:
+        raise KvcliError("a margin lies between 0 and 100 points", given=f"--margin {margin:g}", fix="--margin 2")
     if relationship not in RELATIONSHIPS:
         given = f"--relationship {relationship}"
         raise unknown("relationship", relationship, RELATIONSHIPS, given=given, listing="kvcli export --help")
@@ -71,7 +80,7 @@ def command(
     loaded = load_run(folder)
     ending = out.suffix.removeprefix(".") if out else ""
     form = form or (ending if ending in TABLES else TABLES[0])
-    wanted = Wanted(outputs, harmful, organization, relationship)
+    wanted = Wanted(outputs, harmful, organization, relationship, margin / 100)
     written = export(loaded, form, out, wanted)
     kept_back = sorted({cell.task for cell in loaded.cells if hidden(loaded, cell.task)})
     if kept_back and not harmful and (outputs or form not in TABLES):
@@ -81,4 +90,4 @@ def command(
     else:
         for path in written:
             output.result(str(path))
-    output.next_command(shlex.join(["kvcli", "report", str(folder)]))
+    next_in(folder, shlex.join(["kvcli", "plot", str(folder)]))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from kvcli.cli import output
+from kvcli.cli.following import next_in
 from kvcli.errors import KvcliError
 
 Row = dict[str, Any]
+NEEDED = {"always keeps": 110, "paper": 80, "kind": 68}
+"""Narrower screens show methods without these columns: `--json` and docs/methods have them."""
+WRAPPED = ("settings (defaults)", "always keeps")
+"""Columns that go on in the next line, between words."""
 
 
 def command(
@@ -135,9 +141,20 @@ def _print_counts(counts: dict[str, int]) -> None:
 
 
 def _print_methods(rows: list[Row]) -> None:
-    listed = [(r["name"], r["tier"], r["kind"], r["paper"] or None, _settings(r), r["protects"]) for r in rows]
-    headers = ("method", "tier", "kind", "paper", "settings (defaults)", "always keeps")
-    output.result(output.table(headers, listed))
+    columns: dict[str, list[Any]] = {
+        "method": [r["name"] for r in rows], "tier": [r["tier"] for r in rows], "kind": [r["kind"] for r in rows],
+        "paper": [r["paper"] or None for r in rows], "settings (defaults)": [_settings(r) for r in rows],
+        "always keeps": [r["protects"] for r in rows],
+    }  # fmt: skip
+    room = output.console()
+    if room.is_terminal or "COLUMNS" in os.environ:
+        for name, least in NEEDED.items():
+            if room.width < least:
+                del columns[name]
+    table = output.table(list(columns), zip(*columns.values(), strict=True))
+    for column in table.columns:
+        column.no_wrap = str(column.header) not in WRAPPED
+    output.result(table)
     tiers = ", ".join(f"tier{t}" for t in sorted({r["tier"] for r in rows}) if t)
     output.note(f"groups: all, {tiers}   with settings: snapkv:window=16   your own: ./mine.py:MyMethod")
     output.next_command("kvcli sweep --model testbed --method tier1 --ratio 0.1,0.3,0.5")
@@ -172,12 +189,17 @@ def _print_runs(rows: list[Row]) -> None:
         output.note("no result folders yet")
         output.next_command("kvcli sweep --model testbed --method tier1 --ratio 0.3")
         return
-    listed = [(r["folder"], r["status"], r["model"], r["lines"], r["updated"]) for r in rows]
-    output.result(output.table(("folder", "status", "model", "records", "updated"), listed))
+    listed = [(r["folder"], r["status"], r["model"], r["lines"], _minute(r["updated"])) for r in rows]
+    output.result(output.table(("folder", "status", "model", "records", "updated (UTC)"), listed))
     for row in rows:
         if row["problem"]:
             output.warn(row["problem"])
-    output.next_command(f"kvcli report {rows[0]['folder']}")
+    next_in(Path(rows[0]["folder"]), f"kvcli show {rows[0]['folder']}")
+
+
+def _minute(when: str | None) -> str | None:
+    """'2026-11-22 14:26' of the time in run.json."""
+    return when and when[:16].replace("T", " ")
 
 
 _PRINT = {

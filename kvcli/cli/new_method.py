@@ -60,11 +60,15 @@ def command(
         except OSError as e:
             raise KvcliError(f"cannot write {path}: {e.strerror}", given=given, fix="another --out") from e
         output.result(str(path))
+    pytest = "python -m pytest"
+    if importlib.util.find_spec("pytest") is None:
+        pytest = f"pip install pytest && {pytest}"  # only kvcli[dev] brings it
     if package:
         place = out / f"kvcli-{name.replace('_', '-')}"
         output.note(f"pip install -e {place}   then --method {name}")
-        output.next_command(f"pip install -e {place} && pytest {place}")
+        output.next_command(f"pip install -e {place} && {pytest} {place}")
         return
+    output.note(f"its test: {pytest} {out / f'test_{name}.py'}")
     source = f"{_relative(out)}/{name}.py:{class_name}"
     output.next_command(f"kvcli sweep --method {source},tier1 --ratio 0.1,0.3 --limit 20")
 

@@ -11,7 +11,7 @@ import typer
 from kvcli.cli import output, presets
 from kvcli.config import SweepConfig, read_yaml
 from kvcli.errors import KvcliError
-from kvcli.grammar import split_tasks
+from kvcli.grammar import NotASetting, split_tasks
 
 ENVIRONMENT = "KVCLI_"
 _GRID, _ANSWERS, _MODEL, _RUNNING = "Grid", "While generating", "Model", "Running"
@@ -328,7 +328,13 @@ def collect(typed: dict[str, Any]) -> dict[str, Any]:
     lists = {"methods": typed.pop("method"), "ratios": typed.pop("ratio"), "tasks": typed.pop("task")}
     named: dict[str, Any] = {name: (v,) if isinstance(v, str) else v for name, v in lists.items()}
     if named["tasks"]:
-        named["tasks"] = tuple(split_tasks(named["tasks"]))
+        try:
+            named["tasks"] = tuple(split_tasks(named["tasks"]))
+        except NotASetting:
+            from kvcli.evals.loader import find_tasks
+
+            find_tasks(named["tasks"])  # it knows the tasks, and what was probably meant
+            raise
     for name, option in (
         ("budgets", "budget"),
         ("seeds", "seed"),

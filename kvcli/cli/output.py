@@ -23,6 +23,10 @@ PLAIN_SECONDS = 10.0
 SKIP_SECONDS = 0.5
 """What is done this soon was done before (a resumed sweep): it says nothing about the speed."""
 
+KNOWN_SHARE, KNOWN_COUNT = 0.05, 20
+"""The time left is said from this share of the job on, or from so many of its parts: what comes first pays for what
+later ones share, and a batch ends all at once."""
+
 _print_above: Callable[[str], None] | None = None
 """Prints a line above the progress bar on the screen, while there is one."""
 
@@ -150,8 +154,9 @@ def error(problem: KvcliError) -> None:
 
 
 def next_command(text: str) -> None:
-    """Ends a command with the next one to type."""
-    _line(text, "next: ", "1;32")
+    """Ends a command with the next one to type; not where KVCLI_NO_NEXT is set, as in scripts of several commands."""
+    if not os.environ.get("KVCLI_NO_NEXT"):
+        _line(text, "next: ", "1;32")
 
 
 class Progress:
@@ -168,8 +173,10 @@ class Progress:
         self._began = now if self._began is None else self._began
         if now - self._began < SKIP_SECONDS:
             self._from = (now, done)
-        speed = (done - self._from[1]) / max(now - self._from[0], 1e-9)
-        left = f"{duration((total - done) / speed)} left" if speed > 0 and done < total else ""
+        new, most = done - self._from[1], total - self._from[1]
+        known = new > 1 and new >= min(KNOWN_COUNT, KNOWN_SHARE * most)
+        speed = new / max(now - self._from[0], 1e-9)
+        left = f"{duration((total - done) / speed)} left" if known and done < total else ""
         self._draw(done, total, " ".join(str(v) for v in fields.values()), left)
 
 
@@ -233,6 +240,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def count(number: int, what: str) -> str:
+    """'1 cell', '7,104 records'."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def size(count: float) -> str:

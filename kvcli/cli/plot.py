@@ -39,6 +39,10 @@ def command(
         str, typer.Option("--style", metavar="screen|paper", help="paper: column widths and type of a print page.")
     ] = "screen",
     theme: Annotated[str, typer.Option("--theme", metavar="light|dark", help="Colour of the page.")] = "light",
+    titles: Annotated[
+        bool,
+        typer.Option("--titles/--no-titles", help="Title and subtitle in the picture; without, beside it in NAME.txt."),
+    ] = True,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for the figures.", show_default="RUN/figures")
     ] = None,
@@ -51,17 +55,22 @@ def command(
 ) -> None:  # fmt: skip
     """Draw figures of a result folder or of bench's measurements.
 
-    Beside each figure stands the data behind it as JSON (docs/plots.md).
-    difference  paired difference to full: what to compare methods with
-    score       scores with their intervals
-    relative    relative change of the score, the paper's delta P
-    kl, top1    how far predictions moved from full's
-    heatmap     methods x tasks, for many methods
-    pareto      score against bytes
-    shots       loss and score by number of shots
-    gain        what shots gain against what compression loses
-    needle      score by depth and length
-    latency, throughput      of a folder of kvcli bench
+    Beside each figure stands the data behind it as JSON (docs/plots.md). Kinds:
+
+    \b
+      difference  paired difference to full: what to compare methods with
+      score       scores with their intervals
+      relative    relative change of the score, the paper's delta P
+      kl          KL divergence from full's predictions
+      top1        share of tokens with the same likeliest token as full
+      heatmap     methods x tasks, for many methods
+      pareto      score against bytes
+      shots       loss and score by number of shots
+      gain        what shots gain against what compression loses
+      needle      score by depth and length
+      latency     times, of a folder of kvcli bench
+      throughput  tokens per second, of a folder of kvcli bench
+
     First-token modes, query modes, shots and weights are never mixed.
     Needs no GPU and no model.
 
@@ -75,9 +84,10 @@ def command(
     from kvcli.analysis.figures import bars, kinds
     from kvcli.analysis.figures import style as styles
     from kvcli.cli import output
+    from kvcli.cli.following import next_in
     from kvcli.errors import KvcliError
 
-    chosen, look = kinds.chosen(kind or []), styles.style(style, theme)
+    chosen, look = kinds.chosen(kind or []), styles.style(style, theme, titles=titles)
     wanted = [name.strip() for name in (formats or ("pdf" if style == "paper" else "png,pdf")).split(",")]
     plots.check_formats(wanted)
     folder = bars.find(run)
@@ -99,13 +109,32 @@ def command(
         for one in (one for one in empty if one.source == source or kinds.ALL not in kind):
             output.note(f"no {one.name}: it needs {one.needs}")
     data = [name for name in names if name.endswith(".json")]
-    pictures = [name for name in names if not name.endswith(".json")]
+    captions = [name for name in names if name.endswith(".txt")]
+    pictures = [name for name in names if not name.endswith((".json", ".txt"))]
+    of_bench = (folder / bars.FILE).is_file()
+    if not of_bench:
+        _warn_if_unfinished(folder)
     if json:
-        output.json_result({"run": str(folder), "figures": pictures, "data": data})
+        output.json_result({"run": str(folder), "figures": pictures, "data": data, "captions": captions})
     else:
-        output.result("\n".join(pictures + data))
-    if not (folder / bars.FILE).is_file():
-        output.next_command(shlex.join(["kvcli", "report", str(folder)]))
+        output.result("\n".join(names))
+    if not of_bench:
+        next_in(folder, shlex.join(["kvcli", "show", str(folder)]))
+
+
+def _warn_if_unfinished(folder: Path) -> None:
+    """One line where the folder has fewer finished records than its sweep asked for."""
+    from kvcli.cli import output
+    from kvcli.cli.status import status
+
+    found = status(folder)
+    if found["done"] >= found["planned"]:
+        return
+    failed = f", {found['errors']:,} failed" if found["errors"] else ""
+    output.warn(
+        f"{folder} is not finished: {found['done']:,} of {output.count(found['planned'], 'record')}{failed}; figures "
+        f"show these (kvcli status {shlex.quote(str(folder))})"
+    )
 
 
 def _of_run(
@@ -115,14 +144,17 @@ def _of_run(
     from kvcli.analysis.figures.views import filtered
     from kvcli.analysis.load import find_run, load_run
     from kvcli.analysis.plots import plot
+    from kvcli.cli import output
+    from kvcli.cli.following import unfinished
     from kvcli.grammar import parse_methods, parse_ratios, split_tasks
 
     methods, tasks, ratios = filters
     folder = find_run(run)
-    loaded = filtered(
-        load_run(folder), [str(m) for m in parse_methods(methods)], split_tasks(tasks), parse_ratios(ratios)
-    )
-    return folder, plot(loaded, out or folder / "figures", formats, None, chosen, look)
+    loaded = load_run(folder)
+    if not_whole := unfinished(folder, len(loaded)):
+        output.warn(not_whole)
+    part = filtered(loaded, [str(m) for m in parse_methods(methods)], split_tasks(tasks), parse_ratios(ratios))
+    return folder, plot(part, out or folder / "figures", formats, None, chosen, look, loaded)
 
 
 def _nothing(run: str, folder: Path, asked: list[Kind]) -> KvcliError:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from kvcli.analysis.contents import Contents
+
+
+MOST_NAMED = 3
+"""A comparison with more runs than this does not have all of them in the name of its file."""
 
 
 def command(
@@ -21,7 +25,12 @@ def command(
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Markdown file to write.", show_default="RUN/report.md")
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Markdown file to write.",
+            show_default="RUN/report.md; of several runs RUN/report-vs-OTHER.md",
+        ),
     ] = None,
     html: Annotated[bool, typer.Option("--html", help="One page to open from disk, beside the Markdown.")] = False,
     latex: Annotated[bool, typer.Option("--latex", help="Tables for a paper (booktabs), beside the Markdown.")] = False,
@@ -55,29 +64,28 @@ def command(
     """
     from kvcli.analysis.against import check
     from kvcli.analysis.contents import contents
-    from kvcli.analysis.load import find_run, load_run
-    from kvcli.analysis.report import FIGURES, write_report
-    from kvcli.analysis.tables import worst_flip
-    from kvcli.analysis.verdict_text import verdict_section
+    from kvcli.analysis.load import load_run
+    from kvcli.analysis.report import write_report
+    from kvcli.analysis.worst_flip import worst_flip
     from kvcli.cli import output
-    from kvcli.cli.tables import SummaryView, VerdictView, as_json
+    from kvcli.cli.following import unfinished
+    from kvcli.cli.report_json import numbers
     from kvcli.errors import KvcliError
 
     if not 0 < margin < 100:
         raise KvcliError("a margin lies between 0 and 100 points", given=f"--margin {margin:g}", fix="--margin 2")
     if against is not None:
         check(against)
-    folders = [find_run(name) for name in run]
+    folders = [_folder(name) for name in run]
     loaded, *others = (load_run(folder) for folder in folders)
+    for folder, one in zip(folders, (loaded, *others), strict=True):
+        if not_whole := unfinished(folder, len(one)):
+            output.warn(not_whole)
     made = contents(loaded, margin=margin / 100, others=others, paper=against)
-    path = out or folders[0] / "report.md"
-    path = path / "report.md" if path.is_dir() else path
-    drawn = []
-    if figures:
-        from kvcli.analysis.plots import plot
-
-        drawn = plot(loaded, path.parent / FIGURES, ("png",), made.tables)
-    files = [write_report(loaded, path, made=made)]
+    path = _path(out, folders[0], [other.name for other in others])
+    drawn = _drawn(made, path) if figures else []
+    pictures = [str(p) for p in drawn if p.suffix == ".png"]
+    files = [write_report(loaded, path, made=made, pictures=[str(Path(p).relative_to(path.parent)) for p in pictures])]
     if latex:
         from kvcli.analysis.latex import write_latex
 
@@ -87,33 +95,56 @@ def command(
 
         files.append(write_page(made, path.with_suffix(".html"), figures=figures, harmful_texts=harmful_texts))
     if json:
-        pictures = [str(p) for p in drawn if p.suffix != ".json"]
         output.json_result({
             "run": str(folders[0]), "report": str(path), "files": [str(file) for file in files], "figures": pictures,
-            "margin": made.margin, "family": {"size": made.judged.family.size, "level": made.judged.family.level},
-            "tables": as_json(made.tables, made.judged), "findings": _findings(made),
-            "warnings": [warning for table in made.tables for warning in table.warnings],
+            **numbers(made),
         })  # fmt: skip
     else:
-        output.result(VerdictView(verdict_section(made.tables, made.judged)))
-        output.result(SummaryView(made.tables))
-        for file in files:
-            output.result(f"report: {file}")
+        _print(made, files)
     flip = worst_flip(loaded, made.tables)
     show = ["show", str(folders[0]), "--task", flip[0], "--sample", flip[1]] if flip else []
     output.next_command(shlex.join(["kvcli", *(show or ["plot", str(folders[0]), "--format", "pdf"])]))
 
 
-def _findings(made: Contents) -> list[dict[str, Any]]:
-    from kvcli.analysis.marked import plain
+def _folder(name: str) -> Path:
+    """The result folder; of what bench measured it says which command draws it."""
+    from kvcli.analysis.figures import bars
+    from kvcli.analysis.load import find_run
+    from kvcli.errors import KvcliError
 
-    return [
-        {
-            "number": f.number,
-            "title": f.title,
-            "outcome": str(f.outcome),
-            "said": plain(f.said),
-            "needs": plain(f.needs),
-        }
-        for f in made.findings
-    ]
+    try:
+        return find_run(name)
+    except KvcliError:
+        measured = bars.find(name)
+        if measured is None:
+            raise
+    fix = f"{shlex.join(['kvcli', 'plot', str(measured)])}     (draws them)"
+    raise KvcliError(f"{measured} holds times that kvcli bench measured, no scores", given=f"RUN {name}", fix=fix)
+
+
+def _path(out: Path | None, folder: Path, others: list[str]) -> Path:
+    """A comparison has a file of its own, so that the run's own report stays."""
+    named = others if len(others) <= MOST_NAMED else [others[0], "and", str(len(others) - 1), "more"]
+    usual = f"report-vs-{'-'.join(named)}.md" if others else "report.md"
+    path = out or folder / usual
+    return path / usual if path.is_dir() else path
+
+
+def _drawn(made: Contents, path: Path) -> list[Path]:
+    from kvcli.analysis.plots import plot
+    from kvcli.analysis.report import figures_folder
+
+    return plot(made.run, figures_folder(path), ("png",), made.tables)
+
+
+def _print(made: Contents, files: list[Path]) -> None:
+    """Verdicts, comparisons and tables for the terminal."""
+    from kvcli.analysis.verdict_text import verdict_section
+    from kvcli.cli import output
+    from kvcli.cli.tables import SummaryView, VerdictView
+
+    for part in (verdict_section(made.tables, made.judged), *made.comparisons):
+        output.result(VerdictView(part))
+    output.result(SummaryView(made.tables))
+    for file in files:
+        output.result(f"report: {file}")

@@ -58,7 +58,7 @@ def perform(config: SweepConfig, passed: dict[str, Any], *, dry_run: bool, json:
         output.note(f"results: {request.out}")
         from kvcli.engine.session import execute, open_session
 
-        session = open_session(request, lambda text: None)
+        session = open_session(request, lambda text: None, writing=not dry_run)
         for warning in [*session.prepared.warnings, *_without_ratio(request.config, passed)]:
             output.warn(warning)
         _announce(session, json=json and dry_run, dry_run=dry_run)
@@ -114,12 +114,13 @@ def _announce(session: Any, *, json: bool, dry_run: bool) -> None:
             }
         )
         return
-    cells = f"{facts.cells} cell{'s' * (facts.cells != 1)}, {facts.samples} prompt{'s' * (facts.samples != 1)}"
+    cells = output.count(facts.cells, "cell")
     lines = [f"{cells}: nothing left to do"]
     if facts.records:
         shared = facts.separate_prefill_tokens / max(1, facts.prefill_tokens)
         lines = [
-            f"{cells}, {facts.records:,} records to come ({facts.record_bytes / 2**20:.1f} MiB)",
+            f"{cells}, {output.count(facts.samples, 'prompt')}, {output.count(facts.records, 'record')} to come "
+            f"({facts.record_bytes / 2**20:.1f} MiB)",
             f"{facts.prefill_tokens:,} tokens to prefill"
             + (f" ({shared:.0f} times fewer than cell by cell)" if shared >= 1.5 else "")
             + f", up to {facts.decode_tokens:,} to decode, about {output.size(facts.memory.peak)} of memory",
@@ -159,7 +160,7 @@ def _weights(text: str) -> str:
 
 def _prompts(group: Any) -> str:
     """'8 shots, seed 1, order 2, agnostic': what is not the usual."""
-    parts = [f"{group.shots} shot{'s' * (group.shots != 1)}"]
+    parts = [output.count(group.shots, "shot")]
     parts += [f"{name} {value}" for name, value in (("seed", group.shot_seed), ("order", group.shot_order)) if value]
     return ", ".join([*parts, *([group.query] if group.query != "aware" else [])])
 
@@ -168,7 +169,7 @@ def _details(facts: Any) -> list[str]:
     """Prefill groups, storage kinds and memory, for --dry-run."""
     lines = ["prefill groups"]
     for g in facts.groups:
-        cells = f"{g.cells} cell{'s' * (g.cells != 1)} x {g.prompts} prompts"
+        cells = f"{output.count(g.cells, 'cell')} x {output.count(g.prompts, 'prompt')}"
         lines.append(
             f"  {g.task}, {_prompts(g)}{_weights(g.weights)}: {cells}, "
             f"{_SHARING[g.sharing]}: {g.tokens:,} tokens instead of {g.tokens_alone:,}"
@@ -176,7 +177,7 @@ def _details(facts: Any) -> list[str]:
     lines.append("storage kinds")
     for kind in facts.storage:
         what = _KINDS.get(kind.kind, f"{kind.kind} by itself, for what it does while generating")
-        lines.append(f"  {what}: {kind.cells} cell{'s' * (kind.cells != 1)}, {kind.rows:,} rows")
+        lines.append(f"  {what}: {output.count(kind.cells, 'cell')}, {output.count(kind.rows, 'row')}")
     parts = {"weights": facts.memory.weights, "prompts": facts.memory.prompts, "compressed caches": facts.memory.decode,
              "activations": facts.memory.activations}  # fmt: skip
     lines.append("memory at the peak: " + ", ".join(f"{name} {output.size(n)}" for name, n in parts.items()))
@@ -187,6 +188,7 @@ def _finish(session: Any, outcome: Any, reason: str, json: bool) -> int:
     from kvcli.analysis.load import load_run
     from kvcli.analysis.tables import summarise
     from kvcli.cli import tables
+    from kvcli.cli.following import next_in
 
     folder = str(session.folder)
     if outcome.stopped:
@@ -202,10 +204,10 @@ def _finish(session: Any, outcome: Any, reason: str, json: bool) -> int:
         output.result(tables.SummaryView(summary))
     others = sum(cell.cell_id not in wanted and cell.method != "full" for cell in run.cells)
     if others:
-        output.note(f"{folder} holds {others} more cells of earlier commands")
+        output.note(f"{folder} holds {output.count(others, 'more cell')} of earlier commands")
     if outcome.errors:
-        output.warn(f"{outcome.errors} sample{'s' * (outcome.errors != 1)} failed; the same command tries again")
+        output.warn(f"{output.count(outcome.errors, 'sample')} failed; the same command tries again")
     for message, count in outcome.messages.most_common(5):
         output.note(f"  {count} x {message}")
-    output.next_command(f"kvcli report {shlex.quote(folder)}")
+    next_in(session.folder, f"kvcli show {shlex.quote(folder)}")
     return Exit.FAILED_SAMPLES if outcome.errors else Exit.DONE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from decimal import Decimal
 from pathlib import Path
@@ -11,8 +12,11 @@ import typer
 
 from kvcli.analysis import names
 from kvcli.cli import output
+from kvcli.cli.following import next_in
+from kvcli.cli.show_lists import show_samples, show_tasks
+from kvcli.cli.show_pick import Pick, Record, records_of
 from kvcli.errors import KvcliError, unknown
-from kvcli.grammar import parse_methods, parse_ratios, ratio_text
+from kvcli.grammar import ratio_text
 from kvcli.results import store
 
 if TYPE_CHECKING:
@@ -22,124 +26,80 @@ MOST_MAPS = 4
 SHADES = ((0.75, "black on #3fb950"), (0.5, "on #238746"), (0.25, "on #1b5e32"), (0.0, "on #12351f"))
 """Style of a token by the share of layers and KV heads that kept it; dim where none did."""
 
-Record = dict[str, Any]
+HEADERS = ("method", "size", "measured", "score", "answer", "flags", "output")
+DISPENSABLE = ("flags", "measured", "answer")
+"""Left away in this order where the screen is too narrow for names in one line and outputs of OUTPUT_WIDTH."""
+OUTPUT_WIDTH = 20
 
 
 def command(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A result folder, its name or a unique beginning of it.")],
-    task: Annotated[str | None, typer.Option("--task", help="The task; without it: what there is.")] = None,
-    sample: Annotated[str | None, typer.Option("--sample", help="The sample's id; without it: all ids.")] = None,
-    method: Annotated[list[str] | None, typer.Option("--method", help="Only these methods, and full.")] = None,
-    ratio: Annotated[list[str] | None, typer.Option("--ratio", help="Only these kept ratios, and full.")] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", metavar="TASK", help="The task; without it: what there is.")
+    ] = None,
+    sample: Annotated[
+        str | None, typer.Option("--sample", metavar="ID", help="The sample's id; without it: all, changed ones first.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", metavar="METHODS", help="Only these methods, and full.")
+    ] = None,
+    ratio: Annotated[
+        list[str] | None, typer.Option("--ratio", metavar="RATIOS", help="Only these kept ratios, and full.")
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weights", metavar="WEIGHTS", help="Only these weights: dense, sparsegpt (all of them), sparsegpt:2:4."
+        ),
+    ] = None,
     long: Annotated[bool, typer.Option("--long", help="Print outputs whole.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Print one prompt with kept tokens marked and all outputs.
+
+    Without --sample it lists a task's samples, those first whose score most cells change.
 
     Examples:
       kvcli show runs/demo
       kvcli show runs/demo --task tb_recall
       kvcli show runs/demo --task tb_recall --sample ID --method snapkv --ratio 0.1
     """
-    methods = [str(m) for m in parse_methods(method or [])]
-    ratios = parse_ratios(ratio or [])
+    pick = Pick.of(method or [], ratio or [], weights or [])
     folder = store.find_run(run)
+    if task is None and sample is not None:
+        raise _without_task(folder, sample)
     if task is None:
-        _show_tasks(folder, methods, ratios, as_json)
+        show_tasks(folder, pick, as_json)
     elif sample is None:
-        _show_samples(folder, task.replace("-", "_"), methods, ratios, as_json)
+        show_samples(folder, task.replace("-", "_"), pick, as_json)
     else:
-        facts = facts_of_sample(folder, task.replace("-", "_"), sample, methods, ratios)
+        facts = facts_of_sample(folder, task.replace("-", "_"), sample, pick)
         output.json_result(facts) if as_json else _show_sample(folder, facts, long)
 
 
-# --- what there is ----------------------------------------------------------------------------------------------------
+def _without_task(folder: Path, sample: str) -> KvcliError:
+    """Ids are a task's own: the tasks of the folder that have this one."""
+    having = {r["task"]: None for r in store.read_records(folder, ("task",)) if r["sample_id"] == sample}
+    fix = " or ".join(f"--task {task} --sample {sample}" for task in list(having)[:3])
+    fix = f"{fix}     (kvcli show {folder} shows all tasks)" if having else f"kvcli show {folder} --task TASK shows ids"
+    return KvcliError("--sample needs --task", given=f"--sample {sample}", fix=fix)
 
 
-def _show_tasks(folder: Path, methods: list[str], ratios: list[Decimal], as_json: bool) -> None:
-    found: dict[str, dict[str, dict[str, None]]] = {}
-    records = store.read_records(folder, ("task", "method", "ratio"))
-    for record in _filtered(records, "task", methods, ratios, f"kvcli show {folder}"):
-        facts = found.setdefault(record["task"], {"samples": {}, "cells": {}, "methods": {}})
-        for name, value in (("samples", "sample_id"), ("cells", "cell_id"), ("methods", "method")):
-            facts[name][record[value]] = None
-    rows = [(task, len(f["samples"]), len(f["cells"]), list(f["methods"])) for task, f in found.items()]
-    headers = ("task", "samples", "cells", "methods")
-    if as_json:
-        output.json_result([dict(zip(headers, row, strict=True)) for row in rows])
-        return
-    output.result(output.table(headers, [(*row[:3], " ".join(row[3])) for row in rows]))
-    if rows:
-        output.next_command(f"kvcli show {folder} --task {rows[0][0]}{_options(methods, ratios)}")
-
-
-def _show_samples(folder: Path, task: str, methods: list[str], ratios: list[Decimal], as_json: bool) -> None:
-    rows: dict[str, dict[str, Any]] = {}
-    records = _records_of(folder, task, ("score", "method", "ratio"))
-    for record in _filtered(records, "sample_id", methods, ratios, f"kvcli show {folder} --task {task}"):
-        row = rows.setdefault(record["sample_id"], {"sample": record["sample_id"], "cells": 0, "scores": []})
-        row["cells"] += 1
-        row["scores"] += [record["score"]] if record["score"] is not None else []
-    samples = []
-    for name, row in rows.items():
-        scores = row.pop("scores")
-        marked = store.map_path(folder, task, name, "any").parent.is_dir()
-        samples.append({**row, "mean_score": sum(scores) / len(scores) if scores else None, "kept_marked": marked})
-    samples.sort(key=lambda s: not s["kept_marked"])
-    if as_json:
-        output.json_result(samples)
-        return
-    listed = [(s["sample"], s["cells"], _short(s["mean_score"]), "yes" if s["kept_marked"] else "no") for s in samples]
-    output.result(output.table(("sample", "cells", "mean score", "kept tokens stored"), listed))
-    more = _options(methods, ratios)
-    output.next_command(f"kvcli show {folder} --task {task} --sample {samples[0]['sample']}{more}")
-
-
-def _filtered(records: list[Record], by: str, methods: list[str], ratios: list[Decimal], listing: str) -> list[Record]:
-    """The wanted records and full's beside them, of the tasks or samples that have a wanted one."""
-    if not methods and not ratios:
-        return records
-    there = {record[by] for record in records if _named(record, methods, ratios)}
-    if not there:
-        given = _options(methods, ratios).strip()
-        raise KvcliError("no such cell in this folder", given=given, fix=f"{listing} shows what there is")
-    return [record for record in records if record[by] in there and _wanted(record, methods, ratios)]
-
-
-def _options(methods: list[str], ratios: list[Decimal]) -> str:
-    """The filter as typed, for the next command."""
-    options = [("--method", m) for m in methods] + [("--ratio", ratio_text(r)) for r in ratios]
-    return "".join(f" {shlex.join(option)}" for option in options)
-
-
-def _records_of(folder: Path, task: str, fields: tuple[str, ...] | None) -> list[Record]:
-    """The task's records; all fields with None. Raises KvcliError when there are none."""
-    records = store.read_records(folder, None if fields is None else ("task", *fields))
-    found = [record for record in records if record["task"] == task]
-    if not found:
-        names = {str(record["task"]) for record in records}
-        raise unknown("task in this folder", task, names, given=f"--task {task}", listing=f"kvcli show {folder}")
-    return found
-
-
-# --- one sample -------------------------------------------------------------------------------------------------------
-
-
-def facts_of_sample(folder: Path, task: str, sample: str, methods: list[str], ratios: list[Decimal]) -> dict[str, Any]:
+def facts_of_sample(folder: Path, task: str, sample: str, pick: Pick) -> dict[str, Any]:
     """The prompt and, per cell, its output, scores and the share of layers and heads that kept each token.
 
     One sample can have several prompts (other shots or shot seed): then `prompts` holds those facts for each of them.
     """
-    every = _records_of(folder, task, None)
+    every = records_of(folder, task, None)
     records = [record for record in every if record["sample_id"] == sample]
     if not records:
         known = {record["sample_id"] for record in every}
         listing = f"kvcli show {folder} --task {task}"
         raise unknown("sample", sample, known, given=f"--sample {sample}", listing=listing)
-    chosen = [record for record in records if _wanted(record, methods, ratios)]
-    if not any(_named(record, methods, ratios) for record in records):
-        cells = sorted({f"{r['method']} {_size(r)}" for r in records})
-        given = f"--sample {sample}{_options(methods, ratios)}"
+    chosen = [record for record in records if pick.shown(record)]
+    if not any(pick.named(record) for record in records):
+        cells = sorted({_called(record) for record in records})
+        given = f"--sample {sample}{pick.options()}"
         raise KvcliError("no such cell in this folder", given=given, fix=f"one of {', '.join(cells)}")
     chosen.sort(key=lambda r: (r["method"] != "full", r["ratio"] or 0, r["budget"] or 0, r["method"], r["first_token"]))
     prompts = store.read_prompts(folder)
@@ -177,25 +137,32 @@ def _group(
 ) -> dict[str, Any]:
     """One prompt of the sample with its cells."""
     target = next((record["target"] for record in records if record["target"] is not None), None)
+    profiles = _profiles(folder)
     return {
         "prompt_sha": sha, "shots": records[0]["shots"], "shot_seed": which[0], "shot_order": which[1],
         "target": target, "prompt": prompts.get(sha) if sha else None,
-        "cells": [{**_cell(record), "kept_share": _share(folder, record)} for record in records],
+        "cells": [
+            {**_cell(record), "head_profile": profiles.get(record["cell_id"]), "kept_share": _share(folder, record)}
+            for record in records
+        ],
     }  # fmt: skip
 
 
-def _wanted(record: Record, methods: list[str], ratios: list[Decimal]) -> bool:
-    return record["method"] == "full" or _named(record, methods, ratios)
+def _called(record: Record) -> str:
+    """'snapkv ratio 0.1, sparsegpt:2:4': what tells a cell from most others."""
+    return f"{record['method']} {_size(record)}" + (f", {_weights(record)}" if _weights(record) else "")
 
 
-def _named(record: Record, methods: list[str], ratios: list[Decimal]) -> bool:
-    sized = not ratios or (record["ratio"] is not None and Decimal(str(record["ratio"])) in ratios)
-    return sized and (not methods or not names.spellings(record["method"]).isdisjoint(methods))
+def _profiles(folder: Path) -> dict[str, str]:
+    """Of cells whose method reads how much heads retrieve: which numbers it read."""
+    cells = store.read_run(folder).get("cells") or {} if (folder / store.RUN).is_file() else {}
+    return {name: cell["head_profile"] for name, cell in cells.items() if cell.get("head_profile")}
 
 
 def _cell(record: Record) -> dict[str, Any]:
     fields = (
-        "cell_id", "method", "ratio", "budget", "measured_ratio", "first_token", "query", "shots", "seed", "draw",
+        "cell_id", "method", "ratio", "budget", "measured_ratio", "first_token", "query", "shots", "shot_seed",
+        "shot_order", "seed", "draw",
         "decode", "weights", "match", "status", "error",
         "score", "extracted", "output", "finish", "flags", "n_prompt", "kept", "kept_by_region",
     )  # fmt: skip
@@ -221,16 +188,16 @@ def _show_sample(folder: Path, facts: dict[str, Any], long: bool) -> None:
     for number, group in enumerate(groups, 1):
         if len(groups) > 1:
             output.result(f"--- prompt {number} of {len(groups)}: {_label(group, groups)} ---")
-        _show_prompt(group, long)
+        _show_prompt(folder, facts, group, long)
     kept = any(cell["kept_share"] and cell["method"] != "full" for group in groups for cell in group["cells"])
     if kept and not output.colours():
         output.note("· = fewer than half of the layers and KV heads kept the token (a terminal shows the share)")
-    output.next_command(f"kvcli report {folder}")
+    next_in(folder, f"kvcli show {folder} --task {facts['task']}     (its other samples)")
 
 
 def _label(group: dict[str, Any], groups: list[dict[str, Any]]) -> str:
     """Its shots, and what else tells it from the sample's other prompts."""
-    shots = "shots not recorded" if group["shots"] is None else f"{group['shots']} shot{'s' * (group['shots'] != 1)}"
+    shots = "shots not recorded" if group["shots"] is None else output.count(group["shots"], "shot")
     parts = [shots]
     if len({g["shot_seed"] for g in groups}) > 1:
         parts.append(f"shot seed {group['shot_seed']}")
@@ -241,7 +208,7 @@ def _label(group: dict[str, Any], groups: list[dict[str, Any]]) -> str:
     return ", ".join(parts)
 
 
-def _show_prompt(facts: dict[str, Any], long: bool) -> None:
+def _show_prompt(folder: Path, sample: dict[str, Any], facts: dict[str, Any], long: bool) -> None:
     maps = [cell for cell in facts["cells"] if cell["kept_share"] and cell["method"] != "full"]
     prompt = facts["prompt"]
     if prompt is None or prompt.get("text") is None:
@@ -249,15 +216,72 @@ def _show_prompt(facts: dict[str, Any], long: bool) -> None:
     elif not maps:
         output.result(_marked(prompt, None))
         output.note("kept tokens are stored for the first samples of each task only (sweep --keep-maps N)")
+        drawn = _drawing(folder, sample, facts["cells"])
+        if drawn:
+            output.note(f"drawn without a new sweep: {drawn}")
     for cell in maps[:MOST_MAPS] if prompt and prompt.get("text") is not None else []:
         mean = sum(cell["kept_share"])
         output.result(f"{_name(cell)}: {mean:.1f} of {cell['n_prompt']} tokens kept (mean over layers and KV heads)")
         output.result(_marked(prompt, cell["kept_share"]))
     output.result(f"target: {facts['target']}")
-    headers = ("method", "size", "measured", "score", "answer", "flags", "output")
-    output.result(output.table(headers, [_row(cell, long) for cell in facts["cells"]]))
+    _show_outputs(facts["cells"], long)
     if len(maps) > MOST_MAPS:
         output.note(f"{MOST_MAPS} of {len(maps)} kept sets shown: --method and --ratio choose others")
+
+
+_AS_SWEPT = ("tokenizer", "template", "system", "data_dir", "max_prompt_tokens", "truncate")
+"""Settings of a sweep that prompts depend on and attn-map takes too."""
+
+
+def _drawing(folder: Path, sample: dict[str, Any], cells: list[dict[str, Any]]) -> str:
+    """The command that draws what one of the cells keeps of this prompt, one that scores lower than full if there is
+    one; empty where there is none."""
+    full = max((c["score"] or 0.0 for c in cells if c["method"] == "full"), default=0.0)
+    asked = [c for c in cells if c["method"] != "full" and (c["ratio"] is not None or c["budget"] is not None)]
+    asked = [c for c in asked if not _weights(c)]  # attn-map reads dense weights
+    if not asked:
+        return ""
+    cell = min(asked, key=lambda c: (c["score"] is None, (c["score"] or 0.0) >= full))
+    size = ("--ratio", f"{cell['ratio']:g}") if cell["ratio"] is not None else ("--budget", str(cell["budget"]))
+    config = (store.read_run(folder).get("config") or {}) if (folder / store.RUN).is_file() else {}
+    words = ["--model", str(config["model"])] if config.get("model") not in (None, "testbed") else []
+    words += ["--task", sample["task"], "--sample", sample["sample_id"], "--method", cell["method"], *size]
+    words += ["--shots", str(cell["shots"])] if config.get("shots") and cell["shots"] is not None else []
+    for name in ("shot_seed", "shot_order"):
+        words += [f"--{name.replace('_', '-')}", str(cell[name])] if cell.get(name) else []
+    for name in _AS_SWEPT:
+        if config.get(name) not in (None, "auto"):
+            words += [f"--{name.replace('_', '-')}", str(config[name])]
+    return shlex.join(["kvcli", "attn-map", *words])
+
+
+def _show_outputs(cells: list[dict[str, Any]], long: bool) -> None:
+    """A line for each cell; weights that all of them share stand above."""
+    weights = {_weights(cell) for cell in cells}
+    if len(weights) == 1 and "" not in weights:
+        output.result(f"weights: {min(weights)}")
+    rows = [_row(cell, long, len(weights) > 1) for cell in cells]
+    headers = _fitting(rows)
+    table = output.table(headers, [[row[HEADERS.index(name)] for name in headers] for row in rows])
+    for column in table.columns[1:-1]:
+        column.no_wrap = True
+    output.result(table)
+    gone = [name for name in HEADERS if name not in headers]
+    if gone:
+        output.note(f"not shown on a screen this narrow: {', '.join(gone)} (--json has them)")
+
+
+def _fitting(rows: list[tuple[Any, ...]]) -> list[str]:
+    """The columns that there is room for."""
+    room = output.console()
+    bound = room.width if room.is_terminal or "COLUMNS" in os.environ else None
+    wide = {name: max(len(name), *(len(str(row[i])) for row in rows)) for i, name in enumerate(HEADERS)}
+    wide["output"] = min(wide["output"], OUTPUT_WIDTH)
+    headers = list(HEADERS)
+    for name in DISPENSABLE:
+        if bound is not None and sum(wide[kept] + 3 for kept in headers) - 1 > bound:
+            headers.remove(name)
+    return headers
 
 
 def _name(cell: dict[str, Any]) -> str:
@@ -272,7 +296,8 @@ def _told_apart(cell: dict[str, Any]) -> str:
     """'agnostic, seed 1, draw 2': what tells cells of one method and size from each other."""
     query = cell.get("query") or "aware"
     parts = [query] * (query != "aware") + [f"seed {cell['seed']}"] * bool(cell["seed"])
-    return ", ".join([*parts, *[f"draw {cell['draw']}"] * bool(cell.get("draw"))])
+    parts += [f"draw {cell['draw']}"] * bool(cell.get("draw"))
+    return ", ".join([*parts, *[f"head profile {cell['head_profile']}"] * bool(cell.get("head_profile"))])
 
 
 def _weights(cell: dict[str, Any]) -> str:
@@ -289,14 +314,14 @@ def _size(cell: dict[str, Any]) -> str:
     return f"budget {cell['budget']}" if cell["budget"] is not None else "-"
 
 
-def _row(cell: dict[str, Any], long: bool) -> tuple[Any, ...]:
+def _row(cell: dict[str, Any], long: bool, weighed: bool) -> tuple[Any, ...]:
     text = cell["output"] if cell["status"] == "ok" else f"failed: {cell['error']}"
     text = text or ""
     if not long:
         text = " ".join(text.split())
         text = text if len(text) <= 100 else text[:97] + "..."
     measured, score = _short(cell["measured_ratio"]), _short(cell["score"])
-    extras = [names.decoding(cell.get("decode")), _weights(cell), _told_apart(cell)]
+    extras = [names.decoding(cell.get("decode")), _weights(cell) if weighed else "", _told_apart(cell)]
     method = " ".join(filter(None, [cell["method"], *(f"[{x}]" for x in extras if x)]))
     return method, _size(cell), measured, score, cell["extracted"], " ".join(cell["flags"] or []) or "-", text
 

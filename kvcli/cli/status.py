@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from kvcli.cli import output
+from kvcli.cli.following import next_in, state_of
 from kvcli.results import store
+from kvcli.results.planned import planned
 
 
 def command(
@@ -31,47 +33,26 @@ def status(folder: Path) -> dict[str, Any]:
     """State, writers, finished and planned records in all and per task, and the command that goes on."""
     run = store.read_run(folder)
     records = store.read_records(folder, ("task",))
-    planned = _planned(run, records)
-    tasks = [_task(name, run, records, planned) for name in _task_names(run, records)]
+    asked = planned(run, Counter(str(record["cell_id"]) for record in records))
+    tasks = [_task(name, run, records, asked) for name in _task_names(run, records)]
     done, errors = (sum(task[what] for task in tasks) for what in ("done", "errors"))
-    writers = store.writers(folder)
-    state = run.get("status", "unknown")
     return {
-        "folder": str(folder), "status": "interrupted" if state == "running" and not writers else state,
-        "writers": writers, "model": run.get("config", {}).get("model"), "updated": run.get("updated"),
-        "done": done, "errors": errors, "planned": sum(planned.values()), "tasks": tasks, "resume": _resume(run),
+        "folder": str(folder), "status": state_of(folder, run), "writers": store.writers(folder),
+        "model": run.get("config", {}).get("model"), "updated": run.get("updated"),
+        "done": done, "errors": errors, "planned": sum(asked.values()), "tasks": tasks, "resume": _resume(run),
     }  # fmt: skip
-
-
-def _planned(run: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, int]:
-    """Samples asked for per cell: the limit of its generation, at most what the task has."""
-    seen = Counter(record["cell_id"] for record in records)
-    cells = run.get("cells", {})
-    most: Counter[str] = Counter()
-    for cell, count in seen.items():
-        task = cells.get(cell, {}).get("task", "")
-        most[task] = max(most[task], count)
-    planned: dict[str, int] = {cell: count for cell, count in seen.items() if cell in cells}
-    for generation in run.get("generations", []):
-        limit = generation.get("grid", {}).get("limit")
-        for cell in generation.get("cells", []):
-            task = cells.get(cell, {}).get("task", "")
-            known = run.get("tasks", {}).get(task, {}).get("samples")
-            has = (limit or most[task]) if known is None else known
-            planned[cell] = max(planned.get(cell, 0), min(has, limit or has))
-    return planned
 
 
 def _task_names(run: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys([*run.get("tasks", {}), *(str(record["task"]) for record in records)]))
 
 
-def _task(name: str, run: dict[str, Any], records: list[dict[str, Any]], planned: dict[str, int]) -> dict[str, Any]:
+def _task(name: str, run: dict[str, Any], records: list[dict[str, Any]], asked: dict[str, int]) -> dict[str, Any]:
     cells = [cell for cell, facts in run.get("cells", {}).items() if facts.get("task") == name]
     states = Counter(record["status"] for record in records if record["task"] == name)
     return {
         "task": name, "cells": len(cells), "done": states["ok"], "errors": states["error"],
-        "planned": sum(planned.get(cell, 0) for cell in cells),
+        "planned": sum(asked.get(cell, 0) for cell in cells),
     }  # fmt: skip
 
 
@@ -87,7 +68,8 @@ def _print(facts: dict[str, Any]) -> None:
     share = f" ({100 * facts['done'] // planned} %)" if planned else ""
     lines = [
         f"{facts['folder']}: {facts['status']}, model {facts['model']}, updated {facts['updated']}",
-        f"{facts['done']} of {planned} records{share}" + (f", {facts['errors']} failed" if facts["errors"] else ""),
+        f"{facts['done']} of {output.count(planned, 'record')}{share}"
+        + (f", {facts['errors']} failed" if facts["errors"] else ""),
         *(f"written by {writer}" for writer in facts["writers"]),
     ]
     output.result("\n".join(lines))
@@ -97,4 +79,4 @@ def _print(facts: dict[str, Any]) -> None:
     if facts["done"] < planned and not facts["writers"] and facts["resume"]:
         output.next_command(f"{facts['resume']}     (goes on where it stopped)")
     else:
-        output.next_command(f"kvcli report {facts['folder']}")
+        next_in(Path(facts["folder"]), shlex.join(["kvcli", "show", facts["folder"]]))

@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from kvcli.analysis.marked import Section
 
 WIDEST = 120
+"""Off a terminal; on one, tables take the room there is."""
 _NAME_WIDTH = 24
+"""Longer names are folded to this where their columns need the room."""
 _GAP = 2
+_BETWEEN = _GAP + 1
+"""What a column takes beside its text: padding, and the space that rich draws between two."""
 STYLES = {"loss": "bold dark_orange", "gain": "bold dodger_blue1", "open": "dim", "none": "dim"}
 """Orange and blue stay apart for colour-blind readers; the mark * says the same without colour."""
 
@@ -34,14 +38,15 @@ class SummaryView:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         from rich.text import Text
 
-        width = min(options.max_width, WIDEST)
-        for table in self.tables:
+        width = options.max_width
+        drawn = _drawn(self.tables, width)
+        for table, columns in zip(self.tables, drawn, strict=True):
             yield _title(table)
             for warning in table.warnings:
                 yield Text(f"warning: {warning}", style="bold yellow")
             for note in table.notes:
                 yield Text(note, style="dim")
-            yield from _blocks(table, width)
+            yield from _blocks(table, columns, width)
             yield Text("")
         yield from _legend(self.tables)
 
@@ -71,8 +76,13 @@ class VerdictView:
                 text = Text(style="" if isinstance(block, Bullets) else "dim")
                 for words, kind in pieces(line):
                     text.append(words, style="bold" if kind == "strong" else "")
-                yield Padding(text, (0, 0, 0, 2))
+                yield Padding(text, (0, 0, 0, 2), expand=False)
         yield Text("")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        from rich.measure import Measurement
+
+        return Measurement(min(60, options.max_width), min(WIDEST, options.max_width))
 
 
 def as_json(summary: Sequence[TaskTable], judged: Judged | None = None) -> list[dict[str, Any]]:
@@ -82,7 +92,7 @@ def as_json(summary: Sequence[TaskTable], judged: Judged | None = None) -> list[
         {
             **{k: v for k, v in dataclasses.asdict(table).items() if k not in ("rows", "full", "columns")},
             "columns": [column.text for column in table.columns],
-            "full": table.full and _cell_json(table.full, None),
+            "full": table.full and _cell_json(table.full, judged),
             "cells": [_cell_json(cell, judged) for cell in table.cells()],
         }
         for table in summary
@@ -122,25 +132,31 @@ def _full_text(table: TaskTable) -> str:
     return " ".join(parts + list(wording.shares(table.full).values()))
 
 
-def _blocks(table: TaskTable, width: int) -> Iterator[Table]:
+def _drawn(tables: Sequence[TaskTable], width: int) -> list[dict[str, _Drawn]]:
+    """The columns of every table: cells of one line where all tables fit so, else stacked in all of them."""
+    flat = [{column.text: _draw(table, column, stacked=False) for column in table.columns} for table in tables]
+    if all(len(_fit(table, columns, width)) == 1 for table, columns in zip(tables, flat, strict=True)):
+        return flat
+    return [{column.text: _draw(table, column, stacked=True) for column in table.columns} for table in tables]
+
+
+def _blocks(table: TaskTable, drawn: dict[str, _Drawn], width: int) -> Iterator[Table]:
     """The table, or several parts of its columns below one another."""
-    if not table.rows:
-        return
-    for stacked in (False, True):
-        drawn = {column.text: _draw(table, column, stacked) for column in table.columns}
-        parts = _fit(table, drawn, width)
-        if stacked or len(parts) == 1:
-            yield from (_grid(table, columns, drawn) for columns in parts)
-            return
+    if table.rows:
+        yield from (_grid(table, columns, drawn, width) for columns in _fit(table, drawn, width))
+
+
+def _longest(table: TaskTable) -> int:
+    return max([len("method"), *(len(row.label) for row in table.rows)])
 
 
 def _fit(table: TaskTable, drawn: dict[str, _Drawn], width: int) -> list[list[Column]]:
     """Columns in blocks that fit the width beside the names."""
-    left = min(max(len("method"), *(len(row.label) for row in table.rows)), _NAME_WIDTH) + _GAP
+    left = min(_longest(table), _NAME_WIDTH)
     parts: list[list[Column]] = [[]]
     used = left
     for column in table.columns:
-        need = drawn[column.text].width + _GAP
+        need = drawn[column.text].width + _BETWEEN
         if parts[-1] and used + need > width:
             parts.append([])
             used = left
@@ -149,13 +165,15 @@ def _fit(table: TaskTable, drawn: dict[str, _Drawn], width: int) -> list[list[Co
     return parts
 
 
-def _grid(table: TaskTable, columns: Sequence[Column], drawn: dict[str, _Drawn]) -> Table:
+def _grid(table: TaskTable, columns: Sequence[Column], drawn: dict[str, _Drawn], width: int) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, _GAP, 0, 0), show_edge=False, pad_edge=False, header_style="bold")
-    grid.add_column("method", max_width=_NAME_WIDTH, overflow="fold")
+    room = width - sum(drawn[column.text].width + _BETWEEN for column in columns)
+    names = max(min(_longest(table), room), min(_longest(table), _NAME_WIDTH))
+    grid.add_column("method", min_width=names, max_width=names, overflow="fold")
     for column in columns:
         grid.add_column(drawn[column.text].head, no_wrap=True)
     for row in table.rows:
@@ -191,7 +209,7 @@ def _draw(table: TaskTable, column: Column, stacked: bool) -> _Drawn:
         score = wording.score(cell.score).rjust(wide if stacked else 4)
         at = ratio[name].rjust(wide) if stacked else ratio[name].ljust(ratio_width) if shares[name] else ratio[name]
         behind = shares[name].strip().rjust(wide) if stacked else shares[name]
-        parts = [(score, ""), (changed, STYLES[cell.verdict]), (at, "dim"), (behind, "dim")]
+        parts = [(score, ""), (changed, STYLES[cell.in_family]), (at, "dim"), (behind, "dim")]
         lines = [
             Text(text, style=style) for text, style in parts if text if text.strip() or (shares[name] and not stacked)
         ]

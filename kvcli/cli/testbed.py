@@ -53,7 +53,7 @@ def train(
             def show(progress: Progress) -> None:
                 facts = {"loss": f"loss {progress.loss:.3f}", "speed": f"{progress.tokens_per_second:,.0f} tokens/s"}
                 if progress.accuracy:
-                    facts["worst"] = f"worst family {min(progress.accuracy.values()):.1%}"
+                    facts["worst"] = f"worst family {100 * min(progress.accuracy.values()):.0f} %"
                 bar.update(progress.step, progress.steps, **facts)
 
             folder = run(chosen, out, resume=resume, threads=threads, report=show)
@@ -101,11 +101,9 @@ def accuracy(
     if json:
         output.json_result(rows)
         return
-    from rich.table import Table
-
-    table = Table(
-        "prompt tokens", "longest", *rows[0]["accuracy"], title=f"{model}: full cache, n = {samples} per cell"
-    )
-    for row in rows:
-        table.add_row(str(row["length"]), str(row["longest"]), *(f"{v:.1%}" for v in row["accuracy"].values()))
-    output.result(table)
+    output.result(f"{model}: full cache, % right of {output.count(samples, 'prompt')} each")
+    headers = ["family", *(f"{row['length']} tokens" for row in rows)]
+    families = [(name, *(round(100 * row["accuracy"][name], 1) for row in rows)) for name in rows[0]["accuracy"]]
+    output.result(output.table(headers, families))
+    output.note(f"longest prompts: {', '.join(str(row['longest']) for row in rows)} tokens")
+    output.next_command(f"kvcli sweep --model {model} --task {suite} --method tier1 --ratio 0.3")

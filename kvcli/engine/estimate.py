@@ -106,7 +106,9 @@ class Memory:
 @dataclass(frozen=True)
 class Estimate:
     cells: int
+    """Of the command, those that are done too."""
     samples: int
+    """Prompts that a record is still to be made of."""
     records: int
     groups: list[Group]
     storage: list[Storage]
@@ -184,7 +186,7 @@ def estimate(
     wide = max((len(p.ids) for s in prompt_sets.values() for p in s.prompts), default=1)
     activations = min(wide * 8, CHUNK) * sizes.hidden * ACTIVATIONS * itemsize + rows * sizes.vocabulary * 4
     return Estimate(
-        cells=len(wanted), samples=sum(plan.samples.values()), records=work.records, groups=groups,
+        cells=len(wanted), samples=_prompts(parts), records=work.records, groups=groups,
         storage=_storage(parts), prefill_tokens=prefill, decode_tokens=work.decode,
         separate_prefill_tokens=sum(group.tokens_alone for group in groups),
         memory=Memory(weights, work.dense, work.caches, activations),
@@ -225,6 +227,11 @@ class _Part:
     prompt_key: PromptKey
     cells: list[Cell]
     samples: Sequence[int]
+
+
+def _prompts(parts: Sequence[_Part]) -> int:
+    """Distinct prompts; several kinds of weights read the same ones."""
+    return len({(part.prompt_key, i) for part in parts for i in part.samples})
 
 
 def _by_cell(done: set[tuple[str, str]]) -> dict[str, set[str]]:

@@ -22,11 +22,11 @@ from kvcli.attention.patch import patched
 from kvcli.cache.rows import Kept, head_positions
 from kvcli.engine.asking import Asker, Choice, Options
 from kvcli.engine.estimate import Sizes
-from kvcli.engine.map_request import Asked, Chosen, chosen_heads, chosen_samples, request_of
+from kvcli.engine.map_request import Asked, Chosen, Group, chosen_heads, chosen_samples, request_of
 from kvcli.engine.memory import CHUNK
 from kvcli.engine.needs import require
 from kvcli.engine.plan import Anchor, Cell, PrefillBatch, PromptKey
-from kvcli.engine.prefilling import Prefiller
+from kvcli.engine.prefilling import Prefiller, Ready
 from kvcli.engine.prepare import Prepared, prepare
 from kvcli.engine.prompts import PromptSet
 from kvcli.engine.reweighting import Models
@@ -47,7 +47,7 @@ MOST_SHOWN = 8
 """Prompts that are drawn."""
 UNITS = 2048
 """Tokens up to which data are per token; longer prompts are stored in units of several tokens."""
-RECEIVED, SMALL_MAPS = 4_000_000, 1_500_000
+RECEIVED, SMALL_MAPS = 4_000_000, 1_000_000
 """Numbers stored of all prompts shown: what keys receive per head, and small maps of all heads."""
 SMALLEST, LARGEST = 8, 64
 """Blocks of a small map."""
@@ -69,12 +69,12 @@ class Atlas:
 def map_prompts(asked: Asked, say: Say = lambda text: None, tell: Tell = lambda done, total, what: None) -> Atlas:
     """Loads the model, reads the prompts and returns what they show. Raises KvcliError for what the user can mend."""
     prepared = prepare(request_of(asked), None if asked.samples else asked.config.limit, say)
-    sets = chosen_samples(prepared, asked)
+    groups = chosen_samples(prepared, asked)
     heads = chosen_heads(asked, prepared.model_config)
     _set_threads(prepared)
     models = Models(prepared, say, lambda name, facts: None, lambda: False)
     model = models.enter(DENSE)
-    return Mapper(model, prepared, sets, asked, heads).run(tell)
+    return Mapper(model, prepared, groups, asked, heads).run(tell)
 
 
 def _set_threads(prepared: Prepared) -> None:
@@ -91,17 +91,17 @@ class Mapper:
 
     model: Model
     prepared: Prepared
-    sets: list[PromptSet]
+    groups: list[Group]
     asked: Asked
     heads: Chosen
 
     def __post_init__(self) -> None:
         config = self.prepared.request.config
-        self.cells = {s.key: self._cells(s.key) for s in self.sets}
-        texts = dict.fromkeys(cell.method for cells in self.cells.values() for cell in cells)
+        self.cells = [self._cells(group) for group in self.groups]
+        texts = dict.fromkeys(cell.method for cells in self.cells for cell in cells)
         self.methods = {text: catalog.build(text) for text in texts}
         require(self.model, {text: method.needs() for text, method in self.methods.items()})
-        self.prefiller = Prefiller(self.model, config.max_new_tokens)
+        self.prefillers = {query: Prefiller(self.model, config.max_new_tokens) for query in ("aware", "agnostic")}
         self.asker = Asker(self.model, Options(1, strict_window=config.strict_window), self._method)
         self.shown = self._shown()
         self.arrays: dict[str, np.ndarray] = {}
@@ -110,11 +110,11 @@ class Mapper:
 
     def run(self, tell: Tell) -> Atlas:
         prompts: list[dict[str, Any]] = []
-        total = sum(len(s.prompts) for s in self.sets)
-        for group, prompt_set in enumerate(self.sets):
-            for index in range(len(prompt_set.prompts)):
-                tell(len(prompts), total, prompt_set.task.name)
-                prompts.append(self._prompt(len(prompts), group, prompt_set, index))
+        total = sum(len(group.whole.prompts) for group in self.groups)
+        for number, group in enumerate(self.groups):
+            for index in range(len(group.whole.prompts)):
+                tell(len(prompts), total, group.whole.task.name)
+                prompts.append(self._prompt(len(prompts), number, index))
         tell(total, total, "")
         for name, values in self.stacks.items():
             self.arrays[name] = torch.stack(values).float().numpy()
@@ -123,32 +123,48 @@ class Mapper:
     def _method(self, cell: Cell | Anchor) -> Any:
         return self.methods[cell.method]
 
-    def _cells(self, key: PromptKey) -> list[Cell]:
-        return [c for c in self.prepared.cells if c.prompt_key == key and c.method != "full"]
+    def _cells(self, group: Group) -> list[Cell]:
+        keys = {s.key for s in (group.whole, group.before) if s is not None}
+        return [c for c in self.prepared.cells if c.prompt_key in keys and c.method != "full"]
 
     def _shown(self) -> set[tuple[int, int]]:
         """(set, index) of the prompts that are drawn: the samples named, else the first of each set."""
         named = bool(self.asked.samples or self.asked.texts)
-        every = [(s, i) for s, each in enumerate(self.sets) for i in range(len(each.prompts)) if named or i == 0]
+        every = [
+            (s, i) for s, each in enumerate(self.groups) for i in range(len(each.whole.prompts)) if named or i == 0
+        ]
         return set(every[:MOST_SHOWN])
 
     @torch.inference_mode()
-    def _prompt(self, number: int, group: int, prompts: PromptSet, index: int) -> dict[str, Any]:
-        cells = self.cells[prompts.key]
-        needs = {"column_sum", "column_sum:question", *(n for c in cells for n in self.methods[c.method].needs())}
-        batch = PrefillBatch("map", prompts.key, 0, len(prompts.prompts), len(prompts.prompts), tuple(cells))
-        ready = self.prefiller.run(prompts, batch, [index], needs)[index]
+    def _prompt(self, number: int, group: int, index: int) -> dict[str, Any]:
+        prompts, before = self.groups[group].whole, self.groups[group].before
+        ready = self._ready(group, prompts, index, {"column_sum", "column_sum:question"})
         ctx, prompt, shown = ready.context, prompts.prompts[index], (group, index) in self.shown
         received = _received(ctx)
         look = self._look(ctx)
         reading = self._read(prompt.ids, ctx, look)
         self._stack(ctx, received, reading)
         facts = self._facts(group, prompts, index, look, shown)
+        self._store_shots(number, ctx, received, shown=shown)
         if shown:
-            self._store(number, ctx, received, reading, facts)
-        facts["kept"] = [self._kept(number, ctx, cell, self._choice(prompts, index, cell, ready), received, facts)
-                         for cell in cells]  # fmt: skip
+            self._store(number, received, reading, facts)
+        sources = {"aware": (prompts, ready)}
+        if before is not None:
+            sources["agnostic"] = (before, self._ready(group, before, index, set()))
+        facts["kept"] = []
+        for cell in self.cells[group]:
+            whose, its = sources[cell.query]
+            choice = self._choice(whose, index, cell, its)
+            facts["kept"].append(self._kept(number, its.context, cell, choice, received, facts))
         return facts
+
+    def _ready(self, group: int, prompts: PromptSet, index: int, needs: set[str]) -> Ready:
+        """A prompt, or what stands before its question, prefilled as a sweep does it."""
+        cells = [cell for cell in self.cells[group] if cell.query == prompts.key.query]
+        names = needs | {n for cell in cells for n in self.methods[cell.method].needs()}
+        count = len(prompts.prompts)
+        batch = PrefillBatch("map", prompts.key, 0, count, count, tuple(cells))
+        return self.prefillers[prompts.key.query].run(prompts, batch, [index], names)[index]
 
     def _look(self, ctx: Context) -> Look:
         n = ctx.n
@@ -197,27 +213,34 @@ class Mapper:
             "block": look.block, "small": look.small, "unit": -(-look.n // UNITS),
             "measured": {name: len(rows) for name, rows in look.rows.items()},
             "queries": {"all": look.n, "question": look.n - question_start(prompt.regions)},
-            "truncated": prompt.truncated,
+            "truncated": prompt.truncated, "unknown": _unknown(self.prepared.tokenizer, prompt.ids),
         }  # fmt: skip
 
-    def _store(
-        self, number: int, ctx: Context, received: list[Tensor], reading: Reading, facts: dict[str, Any]
-    ) -> None:
+    def _store_shots(self, number: int, ctx: Context, received: list[Tensor], *, shown: bool) -> None:
+        """What shots receive: of every prompt averaged over heads, of those that are drawn per head too."""
+        layers = [[_of_spans(each, spans).cpu() for spans in ctx.shots()] for each in received]
+        none = torch.zeros(len(SETS), 0, ctx.layers, ctx.heads)
+        mass = (
+            torch.stack([torch.stack(of_layer, 1) for of_layer in layers], 2) if layers[0] else none
+        )  # [sets, K, L, H]
+        self.arrays[f"p{number}.shot_layers"] = mass.mean(-1).float().numpy()
+        if shown:
+            self.arrays[f"p{number}.shot_mass"] = mass.float().numpy()
+
+    def _store(self, number: int, received: list[Tensor], reading: Reading, facts: dict[str, Any]) -> None:
         """What only prompts that are drawn have."""
-        mean, most = reading.map()
         every = torch.stack([each.cpu() for each in received], 1)  # [sets, L, H, n]
+        mean, most = reading.map()
         units = _in_units(every, facts["unit"])
         if units[0].numel() * len(SETS) * len(self.shown) > RECEIVED:
             units = units.mean(2, keepdim=True)
-        shots = [_of_spans(every, spans) for spans in ctx.shots()]
         found = {
             "map_mean": mean, "map_max": most, "small": reading.small_maps(), "received": units,
             "token_received": every.mean((1, 2)),
-            "shot_mass": torch.stack(shots, 1) if shots else every.new_zeros(len(SETS), 0, *every.shape[1:3]),
         }  # fmt: skip
         self.arrays.update({f"p{number}.{name}": value.float().numpy() for name, value in found.items()})
 
-    def _choice(self, prompts: PromptSet, index: int, cell: Cell, ready: Any) -> Choice | str:
+    def _choice(self, prompts: PromptSet, index: int, cell: Cell, ready: Ready) -> Choice | str:
         """What the cell's method keeps of a prompt, exactly as a sweep's row has it; or why it keeps nothing."""
         try:
             choice: Choice = self.asker.ask(prompts, index, cell, ready).tag
@@ -230,20 +253,25 @@ class Mapper:
     def _kept(
         self, number: int, ctx: Context, cell: Cell, choice: Choice | str, received: list[Tensor], facts: dict[str, Any]
     ) -> dict[str, Any]:
-        entry: dict[str, Any] = {"method": cell.method, "ratio": cell.ratio, "budget": cell.budget, "seed": cell.seed}
+        """ctx: of what was compressed; what follows it (the question of `--query agnostic`) is kept whole."""
+        entry: dict[str, Any] = {
+            "method": cell.method, "ratio": cell.ratio, "budget": cell.budget, "seed": cell.seed, "query": cell.query,
+            "of": ctx.n,
+        }  # fmt: skip
         if isinstance(choice, str):
             self.warnings.append(f"{cell.method}, sample {facts['sample']}: {choice}")
             return {**entry, "error": choice}
         kept = choice.selection.kept
         held = kept_pairs(kept, ctx.kv_heads, ctx.n)  # [L, H_kv or 1, n]
-        thrown = torch.stack([_thrown(each, rows) for each, rows in zip(received, held, strict=True)], 1)
         shares = [float(h.double().mean()) for h in held]
+        held = [torch.nn.functional.pad(h, (0, facts["n"] - ctx.n), value=True) for h in held]
+        thrown = torch.stack([_thrown(each, rows) for each, rows in zip(received, held, strict=True)], 1)
         entry |= {
             "flags": sorted(choice.selection.flags), "kept": sum(shares) / len(shares), "by_layer": shares,
             "thrown_by_layer": {name: thrown[i].mean(-1).tolist() for i, name in enumerate(SETS)},
         }  # fmt: skip
         if facts["shown"]:
-            name = f"p{number}.kept.{self.cells[self.sets[facts['group']].key].index(cell)}"
+            name = f"p{number}.kept.{self.cells[facts['group']].index(cell)}"
             most = max(map(len, held))
             entry["array"] = name
             self.arrays[name] = np.packbits(torch.stack([h.expand(most, -1) for h in held]).numpy(), axis=-1)
@@ -267,13 +295,31 @@ class Mapper:
         }  # fmt: skip
 
     def _groups(self) -> Iterator[dict[str, Any]]:
-        names = [s.task.name for s in self.sets]
-        for s in self.sets:
-            key = s.key
-            label = s.task.name if names.count(s.task.name) == 1 else str(key)
+        sets = [group.whole for group in self.groups]
+        for s in sets:
+            key, label = s.key, _label(s.key, [other.key for other in sets])
             yield {"task": s.task.name, "label": label, "ability": s.task.ability, "shots": key.shots,
                    "shot_seed": key.shot_seed, "shot_order": key.shot_order, "harmful": s.task.harmful,
                    "samples": len(s.samples)}  # fmt: skip
+
+
+def _label(key: PromptKey, keys: Sequence[PromptKey]) -> str:
+    """A task's name, and in what its prompts are unlike those of the same task beside it."""
+    alike = [other for other in keys if other.task == key.task]
+    said = {
+        "shots": f"{key.shots} shot{'s' * (key.shots != 1)}", "shot_seed": f"shot seed {key.shot_seed}",
+        "shot_order": f"shot order {key.shot_order}",
+    }  # fmt: skip
+    unlike = [text for name, text in said.items() if len({getattr(other, name) for other in alike}) > 1]
+    return ", ".join([key.task, *unlike])
+
+
+def _unknown(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """Positions of tokens in whose place the model sees its token for unknown words."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown == tokenizer.eos_token_id:
+        return []
+    return [i for i, token in enumerate(ids) if token == unknown]
 
 
 def _received(ctx: Context) -> list[Tensor]:

@@ -334,7 +334,7 @@ def prepare(request: Request, limit: int | None, say: Callable[[str], None] = la
         for key in prompt_keys(config, task):
             same = prompt_sets.get(key._replace(query="aware"))
             if same is None:
-                say(f"reading {task.name}, {key.shots} shots")
+                say(f"reading {task.name}, {key.shots} shot{'s' * (key.shots != 1)}")
                 same = maker.prompts(task, key, limit)
                 warnings += filter(None, [_strange_words(task, same.prompts, tokenizer), *said_of(same, config.limit)])
                 said = task.remarks(shots=key.shots, data_dir=config.data_dir)
@@ -343,9 +343,8 @@ def prepare(request: Request, limit: int | None, say: Callable[[str], None] = la
                 prompt_sets[key] = same if key.query == "aware" else same.agnostic()
             except NothingBefore as error:
                 blind.append(error)
-                warnings.append(
-                    f"{task.name}, {key.shots} shots: left out of --query agnostic, {error.what.partition(': ')[2]}"
-                )
+                named = f"{task.name}, {key.shots} shot{'s' * (key.shots != 1)}"
+                warnings.append(f"{named}: left out of --query agnostic, {error.what.partition(': ')[2]}")
     maker.check()
     if blind and not prompt_sets:
         raise blind[0]

@@ -113,7 +113,7 @@ def open_folder(
     found = _tasks_of(run, {str(r["task"]) for r in records})
     samples: dict[Shown, dict[str, Sample]] = {}
     for shown in sorted({_shown(r, cells) for r in records}):
-        say(f"reading {shown.task}, {shown.shots} shots")
+        say(f"reading {shown.task}, {shown.shots} shot{'s' * (shown.shots != 1)}")
         samples[shown] = _samples(found[shown.task], shown, run, data_dir)
     prompts = read_prompts(path)
     questions, reasons = {}, {}

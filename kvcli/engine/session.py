@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,15 +58,19 @@ class Session:
         )  # fmt: skip
 
 
-def open_session(request: Request, say: Callable[[str], None]) -> Session:
-    """Reads the folder's state (writing nothing), prepares prompts and plan.
+def open_session(request: Request, say: Callable[[str], None], *, writing: bool = True) -> Session:
+    """Reads the folder's state (writing nothing), prepares prompts and plan. writing: `execute` is to follow.
 
-    Raises KvcliError when the folder holds results of another model, tokenizer, dtype, data or settings.
+    Raises KvcliError when the folder holds results of another model, tokenizer, dtype, data or settings, or when
+    another process writes to it: said before the plan is made, which can take long.
     """
-    from kvcli.results.store import RUN, check_out, ensure_same, read_run
+    from kvcli.results.store import RUN, SAMPLES, check_out, ensure_same, lock_records, read_run
 
     folder = Path(request.out)
     check_out(folder)
+    if writing and (folder / SAMPLES).exists():
+        with suppress(OSError):  # a file system's refusal is told when the folder is opened
+            lock_records(folder / SAMPLES).release()
     old = read_run(folder) if (folder / RUN).exists() else {}
     generations = list(old.get("generations", []))
     limits = [g["grid"]["limit"] for g in generations] + [request.config.limit]

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 RUN, SAMPLES, PROMPTS, SHARDS, KEPT = "run.json", "samples.jsonl", "prompts.jsonl", "shards", "kept"
+BENCH = "bench.jsonl"
+"""What a folder of `kvcli bench` holds instead."""
 FSYNC_SECONDS = 10.0
 
 Key = tuple[str, str]
@@ -329,11 +331,18 @@ def find_run(text: str, root: Path = Path("runs")) -> Path:
     if found:
         names = ", ".join(str(p) for p in found.values())
         raise KvcliError(f"'{text}' begins {len(found)} result folders", given=text, fix=f"one of {names}")
+    for there in (path, root / path) if text else ():
+        if (there / BENCH).is_file():
+            raise KvcliError(f"{there} holds measurements of bench, not results", given=text, fix=f"kvcli plot {there}")
     if path.is_dir():
         fix = "kvcli list runs shows all"
         raise KvcliError(f"{path} is not a result folder: it has no {RUN}", given=text, fix=fix)
-    known = [str(p) for p in root.iterdir() if is_run(p)] if root.is_dir() else []
-    raise unknown("result folder", text, known, given=text, listing="kvcli list runs")
+    # names without their root: what all of them begin with would make any two of them look alike
+    known = {p.name: str(p) for p in root.iterdir() if is_run(p)} if root.is_dir() else {}
+    guess = unknown("result folder", path.name, known, given=text, listing="kvcli list runs").fix or ""
+    name, *listing = guess.split("     ", 1)
+    fix = "     ".join([known.get(name, name), *listing])
+    raise KvcliError(f"unknown result folder '{text}'", given=text, fix=fix)
 
 
 def read_run(folder: Path) -> dict[str, Any]:

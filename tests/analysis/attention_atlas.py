@@ -12,12 +12,16 @@ from typing import Any
 import numpy as np
 
 from kvcli.analysis.attention import SCHEMA, Atlas
-from kvcli.analysis.attention_grids import Grid, curve_panels, measures, regions
+from kvcli.analysis.attention_curves import curve_panels
+from kvcli.analysis.attention_grids import Grid, measures, regions, regions_against_even
+from kvcli.analysis.attention_shots import shot_panels
 from tests.analysis.synthetic import GOLDEN
 
 SETS, KINDS = ("all", "question"), ("special", "system", "context", "shot", "question")
-MEASURES = ("keys_90", "keys_95", "entropy", "sink_mass", "local_mass")
+MEASURES = ("keys_90", "keys_95", "entropy", "entropy_share", "sink_mass", "local_mass")
 WORDS = (" the", " fish", "\n", " ", "<b>", " $x$", "é", "", " go", " &amp;")
+SIZES = np.array([1, 1, 4, 1, 0.001, 1])[:, None, None]
+"""Of the measures: entropy is in nats, and few heads may look at the sinks."""
 GOLDEN_FILE = GOLDEN / "attention.json"
 
 
@@ -25,6 +29,7 @@ def made(
     groups: tuple[tuple[str, int], ...] = (("tb_arithmetic", 2), ("tb_safety", 1)),
     *, n: int = 40, layers: int = 3, heads: int = 4, kv_heads: int = 2, block: int = 1, methods: int = 2,
     context: bool = True, hidden: bool = False, words: tuple[str, ...] = WORDS, model: str = "made",
+    unknown: tuple[int, ...] = (), query: str = "aware",
 ) -> Atlas:  # fmt: skip
     """Two groups of prompts; the first of each is drawn. With `context` the second group has a passage and no shots."""
     rng = np.random.default_rng(11)
@@ -33,19 +38,24 @@ def made(
     stacks: dict[str, list[Any]] = {"measures": [], "region_mass": [], "curves": []}
     for group, (_, count) in enumerate(groups):
         for index in range(count):
-            found = _prompt(group, index, n, block, hidden, words, passage=context and group == 1)
+            found = _prompt(group, index, n, block, hidden, words, passage=context and group == 1, unknown=unknown)
             number = len(prompts)
             received = rng.gamma(0.4, size=(2, layers, heads, n))
             received /= received.sum(-1, keepdims=True)
-            stacks["measures"].append(rng.random((2, 5, layers, heads)) * [[[[1]], [[1]], [[4]], [[0.5]], [[1]]]])
+            stacks["measures"].append(rng.random((2, 6, layers, heads)) * SIZES)
             mass = np.zeros((2, 5, layers, heads))
             for label, start, end in found["regions"]:
                 mass[:, KINDS.index(label.partition(" ")[0])] += received[..., start:end].sum(-1)
             stacks["region_mass"].append(mass)
             stacks["curves"].append(_curves(received))
+            shots = _shot_mass(received, found["regions"])
+            arrays[f"p{number}.shot_layers"] = shots.mean(-1).astype(np.float32)
             if found["shown"]:
-                arrays.update(_drawn(number, n, block, received, found["regions"], rng))
-                found["kept"] = [_kept(number, i, n, layers, kv_heads, received, arrays, rng) for i in range(methods)]
+                arrays[f"p{number}.shot_mass"] = shots.astype(np.float32)
+                arrays.update(_drawn(number, n, block, received, rng))
+                found["kept"] = [
+                    _kept(number, i, n, layers, kv_heads, received, arrays, rng, query) for i in range(methods)
+                ]
             prompts.append(found)
     arrays |= {name: np.stack(values).astype(np.float32) for name, values in stacks.items()}
     meta = {
@@ -61,7 +71,9 @@ def made(
     return Atlas(meta, arrays)
 
 
-def _prompt(group: int, index: int, n: int, block: int, hidden: bool, words: Any, *, passage: bool) -> dict[str, Any]:
+def _prompt(
+    group: int, index: int, n: int, block: int, hidden: bool, words: Any, *, passage: bool, unknown: tuple[int, ...]
+) -> dict[str, Any]:  # fmt: skip
     cuts = [0, 1, 3, *(3 + (n - 8) * k // 3 for k in (1, 2)), n - 5, n]
     middle = ("context",) * 3 if passage else ("shot 0", "shot 1", "shot 2")
     labels = ("special", "system", *middle, "question")
@@ -72,7 +84,7 @@ def _prompt(group: int, index: int, n: int, block: int, hidden: bool, words: Any
         "group": group, "sample": f"s{index}", "n": n, "shown": index == 0, "hidden": hidden, "regions": spans,
         "tokens": None if hidden or index else [words[i % len(words)] for i in range(n)], "block": block, "small": 5,
         "unit": 1, "measured": {"all": n - 4, "question": 5}, "queries": {"all": n, "question": 5}, "truncated": 0,
-        "kept": [],
+        "unknown": list(unknown), "kept": [],
     }  # fmt: skip
 
 
@@ -89,7 +101,12 @@ def _curves(received: Any) -> Any:
     return np.stack([ranked(received), ranked(rest / rest.sum(-1, keepdims=True)), ranked(rest)], 1)
 
 
-def _drawn(number: int, n: int, block: int, received: Any, spans: Any, rng: Any) -> dict[str, Any]:
+def _shot_mass(received: Any, spans: Any) -> Any:
+    shots = [received[..., a:b].sum(-1) for label, a, b in spans if label.startswith("shot")]
+    return np.stack(shots, 1) if shots else np.zeros((2, 0, *received.shape[1:3]))
+
+
+def _drawn(number: int, n: int, block: int, received: Any, rng: Any) -> dict[str, Any]:
     count, small = -(-n // block), -(-n // 5)
     layers, heads = received.shape[1:3]
     rows = [rng.dirichlet(np.full(i + 1, 0.3)) for i in range(count)]
@@ -97,16 +114,16 @@ def _drawn(number: int, n: int, block: int, received: Any, spans: Any, rng: Any)
     for i, row in enumerate(rows):
         mean[i, : i + 1] = row
     coarse = np.where(np.tril(np.ones((small, small), bool)), rng.random((layers, heads, small, small)), np.nan)
-    shots = [received[..., a:b].sum(-1) for label, a, b in spans if label.startswith("shot")]
     named = {
         "map_mean": mean, "map_max": np.minimum(1, 2 * mean), "small": coarse, "received": received,
         "token_received": received.mean((1, 2)),
-        "shot_mass": np.stack(shots, 1) if shots else np.zeros((2, 0, layers, heads)),
     }  # fmt: skip
     return {f"p{number}.{name}": value.astype(np.float32) for name, value in named.items()}
 
 
-def _kept(number: int, cell: int, n: int, layers: int, kv_heads: int, received: Any, arrays: Any, rng: Any) -> Any:
+def _kept(
+    number: int, cell: int, n: int, layers: int, kv_heads: int, received: Any, arrays: Any, rng: Any, query: str
+) -> Any:
     held = rng.random((layers, 1 if cell else kv_heads, n)) < 0.3
     held[..., -1] = True
     group = received.shape[2] // held.shape[1]
@@ -115,7 +132,7 @@ def _kept(number: int, cell: int, n: int, layers: int, kv_heads: int, received: 
     arrays[name], arrays[f"{name}.thrown"] = np.packbits(held, axis=-1), thrown.astype(np.float32)
     return {
         "method": ("first:window=8", "second")[cell % 2], "ratio": f"0.{2 + cell}", "budget": None, "seed": None,
-        "flags": ["over_budget"] if cell else [], "kept": float(held.mean()),
+        "query": query, "of": n, "flags": ["over_budget"] if cell else [], "kept": float(held.mean()),
         "by_layer": held.mean((1, 2)).tolist(), "array": name,
         "thrown_by_layer": {s: thrown[i].mean(-1).tolist() for i, s in enumerate(SETS)},
     }  # fmt: skip
@@ -133,8 +150,10 @@ def behind_the_figures(atlas: Atlas) -> dict[str, Any]:
         panel["x"] = panel["x"][::20]
         for line in panel["lines"]:
             line |= {name: line[name] and list(line[name][::20]) for name in ("y", "low", "high")}
-    grids = [*measures(atlas, "all"), *regions(atlas, "all")]
-    return json.loads(json.dumps({"curves": curves, "grids": [listed(grid) for grid in grids]}))
+        panel["even"] = panel["even"][::20]
+    grids = [*measures(atlas, "all"), *regions(atlas, "all"), *regions_against_even(atlas, "all")]
+    shots = [{"label": p.label, "n": p.prompts, "values": p.values.tolist()} for p in shot_panels(atlas, "all")]
+    return json.loads(json.dumps({"curves": curves, "grids": [listed(grid) for grid in grids], "shots": shots}))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def cell(
                                                 "shot_order", "first_token", "seed")}  # fmt: skip
     cell_id = stable_hash([task, method, ratio, named])
     share = kept * bits / 16
+    read = int(FULL_BYTES * 0.2) if method == "quest" else None
     for i in range(n):
         rng = random.Random(f"{task} {i}")
         lost = harm * (1 - kept) ** 2 if method != "full" else 0.0
@@ -37,7 +38,7 @@ def cell(
             "cell_id": cell_id, "sample_id": f"{task}-{ids}{i}", "task": task, "ability": "recall", "method": method,
             "ratio": ratio, "measured_ratio": share, "first_token": "compressed", "shots": 8, "metric": "exact match",
             "score": score, "extracted": "x", "finish": "stop", "n_prompt": 400, "extra": extra,
-            "kv_bytes": {"full": FULL_BYTES, "prefill": int(FULL_BYTES * share), "read": None, "match": None,
+            "kv_bytes": {"full": FULL_BYTES, "prefill": int(FULL_BYTES * share), "read": read, "match": None,
                          "end": int(FULL_BYTES * share) + 2048},
             "fidelity": {"kl": 0.0 if method == "full" else round(2 * lost * rng.random(), 6), "tokens": 5.0,
                          "top1": 1 - lost * rng.random(), "nll": 0.0, "first_divergence": None, "identical": True},

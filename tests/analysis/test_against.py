@@ -23,7 +23,7 @@ def test_cells_of_the_papers_grid_stand_beside_it_with_their_notes(tmp_path: Pat
     printed = published.find(MODEL, task="mmlu", shots=5, method="snapkv", ratio=0.1)[0]
     assert [row[:4] for row in rows] == [["mmlu", "full", "", "0.6882"], ["mmlu", "snapkv", "0.1", printed.printed]]
     assert rows[1][4] == f"{100 * (printed.score / 0.6882 - 1):+.1f} %"
-    assert rows[1][6] == "-7.1 %"
+    assert rows[1][6:8] == ["no answer 0 %, incoherent 0 %, cut 0 %", "-7.1 %"]
     notes = [text for b in part.blocks if isinstance(b, Bullets) for text, _ in b.items]
     assert any(text.startswith("p: Five methods with equal values") for text in notes)
 

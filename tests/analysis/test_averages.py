@@ -97,6 +97,17 @@ def test_flat_tasks_keep_their_width() -> None:
     assert (found.interval.low, found.interval.high) == pytest.approx((-half, half))
 
 
+def test_a_task_whose_differences_are_nearly_all_the_same_is_not_resampled() -> None:
+    full, compressed = np.full(60, 1.0), np.zeros(60)
+    compressed[7] = 0.5
+    found = averages.difference_over_tasks([Scores("same", compressed, full), _task(3)])
+    alone = stats.paired_difference(compressed, full)
+    assert found.interval is not None
+    assert alone.interval is not None
+    assert found.interval.method == "MOVER of 2 tasks"
+    assert found.interval.high - found.value > (alone.interval.high - alone.value) / 2
+
+
 def test_few_clusters_take_t() -> None:
     rng = np.random.default_rng(6)
     full = rng.random(600)

@@ -51,11 +51,24 @@ def test_report_json_is_one_document(run: Path, capsys: pytest.CaptureFixture[st
     found = json.loads(capsys.readouterr().out)
     assert (found["report"], found["figures"]) == ("out/mine.md", [])
     assert {t["task"] for t in found["tables"]} == {"tb_choice", "tb_recall"}
+    cells = [cell for table in found["tables"] for cell in table["cells"]]
+    assert all(0 < cell["detectable"] <= 1 for cell in cells)
+    assert all(cell["retention"]["interval"]["low"] <= cell["retention"]["value"] for cell in cells)
+    assert all(cell["incoherent"] == 0 for cell in cells)
     assert Path("out/mine.md").is_file()
     assert not Path("out/figures").exists()
 
 
-@pytest.mark.parametrize("args", [["plot", "nope"], ["report", "nope"], ["plot", "demo", "--format", "gif"], ["plot"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["plot", "nope"],
+        ["report", "nope"],
+        ["plot", "demo", "--format", "gif"],
+        ["plot"],
+        ["export", "demo", "--margin", "0"],
+    ],
+)
 def test_bad_input_is_one_message_and_exit_2(run: Path, capsys: pytest.CaptureFixture[str], args: list[str]) -> None:
     assert main(args) == 2
     said = capsys.readouterr()

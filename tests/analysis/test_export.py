@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import pytest
 from pyarrow import parquet
 
 from kvcli.analysis import export_tables
+from kvcli.analysis.contents import contents
 from kvcli.analysis.export import Wanted, export, hidden, variants
 from kvcli.analysis.load import Run, load_run
 from kvcli.analysis.tables import summarise
 from kvcli.errors import KvcliError
 from tests.analysis.synthetic import METHODS, TASKS, Spec, build, meta, record, write
+from tests.analysis.tables_of import cell, data_of, right, tasks
 
 SECRET = "zanzibar"
 """Stands in every text of the harmful task."""
@@ -115,13 +118,43 @@ def test_a_file_may_be_named(run: Run, tmp_path: Path) -> None:
 
 def test_cells_are_the_report_s(run: Run, tmp_path: Path) -> None:
     rows = parquet.read_table(export(run, "parquet", tmp_path)[1]).to_pylist()
-    expected = [cell for table in summarise(run) for cell in ([table.full] if table.full else []) + table.cells()]
+    expected = [one for table in summarise(run) for one in ([table.full] if table.full else []) + table.cells()]
     assert [(r["method"], r["score"], r["n"]) for r in rows] == [(c.method, c.score, c.n) for c in expected]
-    for row, cell in zip(rows, expected, strict=True):
-        change = cell.difference
+    for row, one in zip(rows, expected, strict=True):
+        change = one.difference
         assert row["difference"] == (change and change.value) and row["p"] == (change and change.p)
-        assert row["verdict"] == (cell.verdict if change else None)
-        assert row["cell_ids"] == " ".join(cell.cell_ids)
+        assert row["established_alone"] == (one.verdict if change else None)
+        assert row["cell_ids"] == " ".join(one.cell_ids)
+
+
+def test_cells_have_the_verdict_that_considers_all_comparisons(tmp_path: Path) -> None:
+    """Alone the loss is established; among the comparisons planned it is not."""
+    lines = cell("t", "full", "1", right(40, 40)) + cell("t", "snapkv", "0.1", right(34, 40))
+    many = [{**facts, "cell_id": f"{i}", "ratio": f"0.{i}"} for i in range(2, 9) for facts in lines[-1:]]
+    data = data_of(tmp_path / "run", lines, tasks=tasks(t={"chance": 0.25}))
+    described = {**data.run.meta["cells"], **{one["cell_id"]: one for one in many}}
+    run = replace(data.run, meta={**data.run.meta, "cells": described})
+    full, row = parquet.read_table(export(run, "parquet", tmp_path / "out")[1]).to_pylist()
+    judged = contents(run).verdict(summarise(run)[0].cells()[0])
+    assert judged is not None and judged.interval is not None
+    assert (row["established_alone"], row["verdict"]) == ("loss", "not established")
+    assert (row["family"], row["margin"]) == (8, 0.02)
+    assert row["p_holm"] == judged.p and row["p_holm"] > row["p"]
+    assert (row["simultaneous_low"], row["simultaneous_high"]) == (judged.interval.low, judged.interval.high)
+    assert row["simultaneous_high"] > 0 > row["difference_high"]
+    assert row["retention"] == pytest.approx((0.85 - 0.25) / 0.75)
+    assert row["retention_low"] < row["retention"] < row["retention_high"]
+    assert row["detectable"] == contents(run).detectable(summarise(run)[0].cells()[0].difference)
+    assert (row["incoherent"], row["seeds"], row["draws"]) == (0.0, 1, 1)
+    assert {full[name] for name in ("verdict", "family", "retention", "detectable", "established_alone")} == {None}
+
+
+def test_the_margin_of_exported_verdicts_may_be_stated(tmp_path: Path) -> None:
+    lines = cell("t", "full", "1", right(90, 100)) + cell("t", "snapkv", "0.1", right(90, 100))
+    run = data_of(tmp_path / "run", lines).run
+    rows = [parquet.read_table(export(run, "parquet", tmp_path / str(m), Wanted(margin=m))[1]).to_pylist()[1]
+            for m in (0.02, 0.05)]  # fmt: skip
+    assert [(row["verdict"], row["margin"]) for row in rows] == [("not established", 0.02), ("unchanged", 0.05)]
 
 
 def test_tables_are_written_in_portions(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

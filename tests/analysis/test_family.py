@@ -78,7 +78,7 @@ def test_full_with_other_weights_is_compared_with_dense_full() -> None:
 def test_the_family_is_what_the_commands_planned() -> None:
     cells = {"f": _cell("full", "1"), "a": _cell("h2o"), "b": _cell("snapkv"), "old": _cell("snapkv", "0.9")}
     meta = {"cells": cells, "generations": [{"cells": ["f", "a"]}, {"cells": ["f", "a", "b"]}]}
-    assert family.planned(meta, found=1) == Family(2, commands=2)
+    assert family.planned(meta, found=1) == Family(2, grown=1)
     assert family.planned({"cells": cells}) == Family(3)
     assert family.planned({}, found=5) == Family(5, planned=False)
     assert family.planned(meta, found=7).size == 7, "records of cells that no plan names"
@@ -92,6 +92,56 @@ def test_level_holds_for_all_at_once() -> None:
 def test_pairs_of_methods_asked_for_the_same() -> None:
     cells = [_cell("full", "1"), *(_cell(m, r) for m in ("h2o", "snapkv", "chunkkv") for r in ("0.1", "0.5"))]
     assert family.between_methods([*cells, _cell("own", None), _cell("random", seed=0), _cell("random", seed=1)]) == 9
+
+
+def _matched(method: str, **anchor: Any) -> dict[str, Any]:
+    """As run.json has a method held to the bytes of another."""
+    facts = {"method": "snapkv", "ratio": None, "budget": None, **anchor}
+    return _cell(method, None, match={**facts, "code": "1a2b"})
+
+
+@pytest.mark.parametrize(
+    ("anchor", "size"),
+    [(_cell("snapkv", None), {}), (_cell("snapkv", "0.2"), {"ratio": "0.2"}),
+     (_cell("snapkv", None, budget=64), {"budget": 64})],
+)  # fmt: skip
+def test_the_method_whose_bytes_are_matched_is_paired_with_those_that_match_it(
+    anchor: dict[str, Any], size: dict[str, Any]
+) -> None:
+    cells = [anchor, _matched("streaming_llm", **size), _matched("kivi", **size)]
+    assert family.between_methods(cells) == 3
+    assert family.between_methods([*cells, _cell("h2o", "0.7"), _cell("tova", "0.7")]) == 4
+    assert family.between_methods([{**anchor, "task": "u"}, *cells[1:]]) == 1, "other prompts"
+
+
+def test_new_code_of_the_method_that_is_matched_is_no_new_comparison() -> None:
+    assert len(family.comparisons([_matched("kivi"), _matched("kivi", code="3c4d")])) == 1
+
+
+def _planned(*commands: tuple[str, int | None]) -> Family:
+    """commands: letters of the cells asked for, samples per task."""
+    cells = {name: _cell(name) for name in "abc"} | {"f": _cell("full", "1")}
+    asked = [{"cells": ["f", *names], "grid": {"limit": limit}} for names, limit in commands]
+    return family.planned({"cells": cells, "generations": asked})
+
+
+@pytest.mark.parametrize(
+    ("commands", "grown", "looks"),
+    [
+        ([("ab", 20)], 0, ()),
+        ([("a", 20), ("ab", 20)], 1, ()),
+        ([("ab", 20), ("ab", 60)], 0, (20, 60)),
+        ([("a", 20), ("abc", 60), ("a", None)], 1, (20, 60, None)),
+        ([("a", 20), ("b", 60)], 1, ()),
+        ([("a", 60), ("b", 20), ("c", 20)], 2, ()),
+        ([("ab", None), ("a", 20)], 0, ()),
+    ],
+)
+def test_growing_by_comparisons_and_by_samples_are_told_apart(
+    commands: list[tuple[str, int | None]], grown: int, looks: tuple[int | None, ...]
+) -> None:
+    found = _planned(*commands)
+    assert (found.grown, found.looks) == (grown, looks)
 
 
 def test_error_rate_of_the_family() -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvcli.analysis import judged, matched, means, retention, stats
+from kvcli.analysis import judged, matched, means, ranking, retention, stats, wording
 from kvcli.analysis.load import Run, load_run
 from kvcli.analysis.scores import SampleScores
 from kvcli.analysis.tables import CellSummary, TaskTable, summarise
 from kvcli.analysis.verdicts import Kind
 from tests.analysis.synthetic import TASKS, FakeMethod, Spec, build, small
+from tests.analysis.tables_of import cell as cell_of
+from tests.analysis.tables_of import data_of, right, tasks
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,18 @@ def test_every_comparison_has_a_verdict_in_the_planned_family(run: Run, tables: 
     assert verdict.interval == lost.difference.at(1 - 0.05 / 72)
     assert table.full is not None
     assert found.of(table.full) is None
+
+
+def test_cells_are_marked_as_their_verdicts_say(run: Run, tables: list[TaskTable]) -> None:
+    found = judged.judge_tables(run, tables)
+    for cell in (cell for table in tables for cell in table.cells()):
+        verdict = found.of(cell)
+        assert verdict is not None
+        assert cell.in_family == {Kind.LOSS: "loss", Kind.GAIN: "gain"}.get(verdict.kind, "open")
+        assert ("*" in wording.marks(cell, None)) == (verdict.kind in (Kind.LOSS, Kind.GAIN))
+    _, alone = _cell(tables, "tb_recall", "snapkv", "0.1")
+    assert (alone.verdict, alone.in_family) == ("loss", "open"), "by itself, and with all 72 comparisons"
+    assert tables[0].full is not None and tables[0].full.in_family == "none"
 
 
 def test_one_table_is_judged_in_the_whole_family(run: Run, tables: list[TaskTable]) -> None:
@@ -95,7 +109,7 @@ def test_mean_over_methods(run: Run, tables: list[TaskTable]) -> None:
 
 def test_mean_over_tasks(run: Run, tables: list[TaskTable]) -> None:
     found = means.over_tasks(SampleScores(run), tables)
-    assert len(found) == 24, "2 first-token modes x 4 methods x 3 ratios"
+    assert len(found) == 22, "2 first-token modes x 4 methods x 3 ratios, shotkv over budget at 0.1"
     mean = next(f for f in found if (f.first_token, f.method, f.column.text) == ("compressed", "snapkv", "0.3"))
     pairs = [_cell(tables, task, "snapkv", "0.3") for task in mean.tasks]
     assert len(pairs) == 3
@@ -111,6 +125,40 @@ def test_mean_over_tasks(run: Run, tables: list[TaskTable]) -> None:
     assert mean.retention.value == pytest.approx(np.mean(kept))
 
 
+def test_a_mean_over_tasks_leaves_out_what_is_over_budget_and_names_it(tmp_path: Path) -> None:
+    lines = []
+    for task in ("one", "two", "three"):
+        over = ["over_budget"] if task == "three" else []
+        lines += cell_of(task, "full", "1", right(60, 60)) + cell_of(task, "a", "0.2", right(30, 60), flags=over)
+    data = data_of(tmp_path, lines)
+    (mean,) = means.over_tasks(data.scores, data.tables)
+    assert set(mean.tasks) == {"one", "two"}
+    assert mean.left_out == (("three", "over budget"),)
+    assert mean.difference.tasks == 2
+
+
+def test_a_mean_over_tasks_leaves_out_a_full_that_is_not_where_it_was_published(tmp_path: Path) -> None:
+    lines = []
+    for task in ("one", "two", "far"):
+        lines += cell_of(task, "full", "1", right(60, 60)) + cell_of(task, "a", "0.2", right(30, 60))
+    data = data_of(tmp_path, lines, tasks=tasks(one={}, two={}, far={"reference": {"testbed": 0.5}}))
+    (mean,) = means.over_tasks(data.scores, data.tables)
+    assert mean.tasks == ("one", "two")
+    assert mean.left_out == (("far", "full is not where it was published"),)
+
+
+def test_a_cell_over_budget_is_not_replaced_by_one_with_fewer_shots(tmp_path: Path) -> None:
+    lines = []
+    for task in ("one", "two", "both"):
+        for shots in (4, 8) if task == "both" else (8,):
+            over = ["over_budget"] if (task, shots) == ("both", 8) else []
+            lines += cell_of(task, "full", "1", right(60, 60), shots=shots)
+            lines += cell_of(task, "a", "0.2", right(30, 60), shots=shots, flags=over)
+    data = data_of(tmp_path, lines)
+    (mean,) = means.over_tasks(data.scores, data.tables)
+    assert (mean.tasks, mean.left_out) == (("one", "two"), (("both", "over budget"),))
+
+
 def test_pairs_of_methods(run: Run, tables: list[TaskTable]) -> None:
     found = matched.of_tables(run, SampleScores(run), tables)
     assert {pair.verdict.family for pair in found} == {108}, "6 pairs x 3 tasks x 2 modes x 3 ratios"
@@ -122,6 +170,21 @@ def test_pairs_of_methods(run: Run, tables: list[TaskTable]) -> None:
     tight = [p for p in found if p.column == "0.1"]
     assert all("shotkv" not in (p.first.method, p.second.method) for p in tight), "it holds more there"
     assert any(p.verdict.kind is Kind.LOSS for p in found)
+
+
+def test_methods_held_to_the_same_bytes_are_a_family_with_the_one_they_are_held_to(tmp_path: Path) -> None:
+    lines, described = cell_of("t", "full", "1", right(60, 60)), {}
+    for method, match in (("snapkv", None), ("streaming_llm", "snapkv"), ("kivi", "snapkv")):
+        lines += [line | {"ratio": None} for line in cell_of("t", method, "0.2", right(30, 60), match=match)]
+    for line in lines:
+        match = {"method": "snapkv", "ratio": None, "budget": None, "code": "1a"} if line["match"] else None
+        described[line["cell_id"]] = {"task": "t", "shots": 8, "first_token": "compressed", "method": line["method"],
+                                      "ratio": line["ratio"], **({"match": match} if match else {})}  # fmt: skip
+    data = data_of(tmp_path / "planned", lines, cells=described)
+    assert {pair.verdict.family for pair in matched.of_tables(data.run, data.scores, data.tables)} == {3}
+    assert ranking.rank(data.run, data.scores, data.tables).pairs[0].verdict.family == 3
+    data = data_of(tmp_path / "unplanned", lines, cells={})
+    assert matched.family_of(data.run, data.tables).size == 3, "never fewer than the tables show"
 
 
 def test_large_runs_are_judged_in_seconds(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from kvcli.analysis.contents import contents
 from kvcli.analysis.latex import escaped, latex
 from kvcli.analysis.load import load_run
 from tests.analysis.synthetic import GOLDEN, METHODS, RATIOS, TASKS, Spec, build, small
+from tests.analysis.tables_of import cell, folder_of, right, tasks
 
 PAPER = (
     r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage{booktabs}\usepackage{graphicx}"
@@ -65,6 +66,56 @@ def test_losses_are_bold_and_over_budget_is_marked(tmp_path: Path) -> None:
     assert r"$\mathbf{-" in text
     assert r"\textsuperscript{o}" in text
     assert r"\label{tab:kv-tb-recall}" in text
+
+
+def test_sections_that_the_text_speaks_of_are_there_and_notes_are_no_warnings(tmp_path: Path) -> None:
+    text = text_of(small(tmp_path / "run"))
+    heads = re.findall(r"\\subsubsection\*\{(.*?)\}", text)
+    assert heads == ["Verdict", "Sanity warnings", "First token: compressed against prefill"]
+    assert "in a section of its own" in text
+    lines = cell("t", "full", "1", right(30, 60)) + cell("t", "a", "0.1", right(10, 60))
+    facts = tasks(t={"too_long": 2, "reference": {"testbed": 0.9}})
+    text = text_of(folder_of(tmp_path / "notes", lines, tasks=facts))
+    assert "Note: 2 prompts of the task left out" in text and "Warning: 2 prompts" not in text
+    assert "Warning: full scores 0.500" in text
+    assert text.index("Sanity warnings") < text.index(r"\begin{table}")
+
+
+def test_flags_stand_above_and_shares_unlike_fulls_behind_a_difference(tmp_path: Path) -> None:
+    lines = cell("t", "full", "1", right(50, 50))
+    for ratio, flags in (("0.1", ["fallback", "simulated"]), ("0.3", ["noop"]), ("0.5", ["unreachable"])):
+        lines += cell("t", "a", ratio, right(30, 50), flags=flags, repetition=0.9, n_new=99)
+    text = text_of(folder_of(tmp_path / "run", lines))
+    assert re.findall(r"textsuperscript\{(\w+)\}", text) == ["fs", "n", "u"]
+    assert "f: fallback" in text and r"\textasciitilde{}100" in text
+    assert "(no answer 0 \\%, incoherent 0 \\%, cut 0 \\%)" in text
+
+
+def test_relative_change_and_what_was_kept_have_a_table(tmp_path: Path) -> None:
+    lines = cell("t", "full", "1", right(50, 50)) + cell("t", "a", "0.1", right(40, 50))
+    text = text_of(folder_of(tmp_path / "run", lines, tasks=tasks(t={"chance": 0.5})))
+    table = text.split(r"\label{tab:kv-t-relative}")[1]
+    assert r"a & $-20.0$ \% \\" in table
+    assert r"{\footnotesize 60 \% {[}" in table
+
+
+def test_provenance_and_commands_are_comments(tmp_path: Path) -> None:
+    text = text_of(small(tmp_path / "run"))
+    assert "\n% kvcli sweep --model testbed" in text
+    assert "\n% commit of kvcli: 456def" in text
+    assert "\n% - Model: testbed" in text
+
+
+def test_one_table_over_all_tasks_for_each_size(tmp_path: Path) -> None:
+    text = text_of(small(tmp_path / "run"))
+    found = re.findall(r"\\begin\{table\*\}.*?\\end\{table\*\}", text, re.S)
+    assert [re.search(r"kept ratio ([\d.]+)", table)[1] for table in found] == ["0.1", "0.3", "0.7"]  # type: ignore[index]
+    assert "n = 59-60" in found[0] and "unadjusted" in found[0]
+    rows = [line for line in found[0].split(r"\midrule")[1].splitlines() if line.endswith(r"\\")]
+    assert rows[0].startswith("full & ") and rows[-1].startswith("random"), "controls last"
+    assert r"0.14, $\mathbf{-84.7}$\textsuperscript{n}" in found[0]
+    assert "0.80, $-18.6$" in found[0], "by itself established, not with all comparisons"
+    assert text.index("Verdict") < text.index(r"\begin{table*}") < text.index("Sanity warnings")
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on this machine")

@@ -163,3 +163,46 @@ def test_tasks_facts_reach_the_page(tmp_path: Path) -> None:
     assert "published 0.99" in table["facts"]
     assert any("not ranked" in text for text in table["warnings"])
     assert any("2 prompts of the task left out" in text for text in table["notes"])
+
+
+def test_full_with_other_weights_has_its_verdict_and_details_what_could_be_seen(tmp_path: Path) -> None:
+    lines = cell("t", "full", "1", right(60, 60)) + cell("t", "a", "0.5", right(60, 60))
+    lines += cell("t", "full", "1", right(30, 60), weights="wanda:0.5")
+    lines += cell("t", "a", "0.5", right(30, 60), weights="wanda:0.5", repetition=0.9, n_new=99)
+    made = contents(load_run(folder_of(tmp_path, lines)))
+    dense, same, pruned, last = data_in(page(made, figures=False))["rows"]
+    change, kind, flags, incoherent, detectable = 11, 19, 20, 9, 28
+    assert (dense[change], dense[kind]) == (None, "")
+    assert (pruned[change], pruned[kind]) == (-0.5, "loss")
+    assert "points to full of the dense model" in pruned[flags]
+    assert (same[incoherent], last[incoherent]) == (0.0, 1.0)
+    assert dense[detectable] is None
+    assert same[detectable] == pytest.approx(made.detectable(made.tables[0].cells()[0].difference), abs=1e-6)
+
+
+def test_all_commands_of_a_grown_folder_are_in_the_page(tmp_path: Path) -> None:
+    lines = cell("t", "full", "1", right(3, 6)) + cell("t", "a", "0.1", right(1, 6))
+    commands = [{"argv": ["kvcli", "sweep", "--limit", limit]} for limit in ("3", "6")]
+    html = html_of(folder_of(tmp_path, lines, commands=commands))
+    assert "kvcli sweep --limit 3\nkvcli sweep --limit 6" in html
+    assert "These commands, in this order" in html
+
+
+def test_distances_from_full_are_in_the_rows_and_the_columns_have_names(tmp_path: Path) -> None:
+    near = {"kl": 0.25, "top1": 0.9, "nll": 1.0, "identical": False}
+    lines = cell("t", "full", "1", right(3, 6)) + cell("t", "a", "0.1", right(1, 6), fidelity=near)
+    html = html_of(folder_of(tmp_path, lines))
+    names = re.search(r"const \[(TABLE.*?)\] = Array.from\(\{length: (\d+)\}", html, re.S)
+    assert names is not None
+    order = [name.strip() for name in names[1].split(",")]
+    full, compressed = data_in(html)["rows"]
+    assert len(order) == int(names[2]) == len(full) == len(compressed)
+    assert [compressed[order.index(name)] for name in ("KL", "TOP1")] == [0.25, 0.9]
+    assert full[order.index("KL")] is None
+    assert "KL divergence from full" in html and "top-1 agreement with full" in html
+
+
+def test_the_page_has_one_p_and_says_what_is_unadjusted(tmp_path: Path) -> None:
+    html = html_of(with_texts(tmp_path / "run"))
+    assert "p by itself" not in html and '"p (Holm)"' in html
+    assert "points to full [95\\u00a0%, unadjusted]" in html

@@ -7,16 +7,20 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 
 from kvcli.analysis import stats
-from kvcli.analysis.figures import bars
+from kvcli.analysis.figures import bars, heatmap
 from kvcli.analysis.figures.kinds import KINDS, chosen
+from kvcli.analysis.figures.style import style
 from kvcli.analysis.figures.values import mean_interval
 from kvcli.analysis.figures.views import filtered, subset
+from kvcli.analysis.judged import judge_tables
 from kvcli.analysis.load import load_run
 from kvcli.analysis.plots import sheets
+from kvcli.analysis.tables import summarise
 from kvcli.cli.app import main
 from kvcli.errors import KvcliError
 from kvcli.grammar import parse_ratios
@@ -93,10 +97,58 @@ def test_heat_map_has_each_cell_once_and_methods_of_their_own_size_apart(tmp_pat
     for asked, box in boxes:
         new, old = lines[box.task, 8, box.method, asked], lines[box.task, 8, "full", None]
         assert box.y == pytest.approx(100 * (mean(new, "score") - mean(old, "score")))
-        scores = (np.array([line["score"] for line in both]) for both in (new, old))
-        assert box.established == (stats.paired_difference(*scores).verdict != "open")
     assert {box.established for _, box in boxes} == {True, False}
     assert {box.marks for _, box in boxes if box.method == "shotkv"} == {("over budget",), ("fallback",)}
+
+
+def test_stars_of_the_heat_map_are_the_verdicts_of_the_report_also_where_only_some_cells_are_drawn(
+    tmp_path: Path,
+) -> None:
+    run = load_run(figure_runs.plain(tmp_path / "run"))
+    tables = summarise(run)
+    judged = judge_tables(run, tables)
+    cells = {(cell.column, t.task, cell.method): cell for t in tables for cell in t.cells()}
+    part = filtered(run, ["h2o"], ["gsm8k"], [])
+    alone = 0
+    for some in (run, part):
+        for _, sheet in sheets(some, None, chosen(["heatmap"]), run):
+            assert sheet.family == judged.family.size == len(cells)
+            for grid in sheet.grids:
+                for box in grid.boxes:
+                    cell = cells[grid.asked, box.task, box.method]
+                    assert box.established == (judged.of(cell).kind in ("loss", "gain"))
+                    alone += cell.verdict != "open" and not box.established
+    assert alone  # cells that only their own interval would call a loss
+
+
+def test_the_command_line_judges_the_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = load_run(figure_runs.plain(Path("runs/demo")))
+    assert main("plot demo --kind heatmap --task gsm8k -M h2o --out f --format png".split()) == 0
+    found = json.loads(Path("f/heatmap.json").read_text())
+    assert found["family"] == judge_tables(run, summarise(run)).family.size > len(found["grids"])
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [(-2.5, "−3"), (2.5, "+3"), (-12.5, "−13"), (100 * -0.145, "−15"), (0.0, "0"), (-0.4, "−0.4"), (0.96, "+1"),
+     (-1e-12, "0"), (-100.0, "−100"), (0.04, "0")],
+)  # fmt: skip
+def test_halves_are_rounded_away_from_zero_and_small_differences_are_not_none(points: float, expected: str) -> None:
+    assert heatmap.rounded(points) == expected
+
+
+def test_bytes_that_a_method_reads_stand_beside_the_full_bytes_it_holds(tmp_path: Path) -> None:
+    (sheet,) = of(figure_runs.plain(tmp_path / "run"), "pareto")
+    assert sheet.subtitle.endswith("quest: nothing is freed")
+    for panel in sheet.panels:
+        read = {spot.method: (spot.bytes, spot.read) for spot in panel.spots if spot.read is not None}
+        assert read == {"quest": (figure_runs.FULL_BYTES, int(0.2 * figure_runs.FULL_BYTES))}
+    look = style()
+    with mpl.rc_context(look.rc()):
+        figure = KINDS["pareto"].draw(sheet, look)
+    said = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert {"faded: not on the front", "to what a new token reads"} <= said
 
 
 def test_no_method_beats_one_on_the_front(tmp_path: Path) -> None:
@@ -198,12 +250,40 @@ def test_bench_shows_the_last_command_alone(tmp_path: Path) -> None:
     assert [panel.name for panel in sheet.panels] == [label for _, label, _ in bars.PHASES]
     full = sheet.panels[0].bars[0]
     assert (full.method, full.value, full.low, full.high, full.repeats) == (
-        "full", pytest.approx(0.6), pytest.approx(0.57), pytest.approx(0.66), 3,
+        "full", pytest.approx(600), pytest.approx(570), pytest.approx(660), 3,
     )  # fmt: skip
     assert [(b.method, b.asked) for b in sheet.panels[0].bars[1:]] == [
         ("snapkv", "0.2"), ("snapkv", "0.5"), ("h2o", "0.2"), ("h2o", "0.5"),
     ]  # fmt: skip
     assert "n = 3 repeats, batch 1, 512 prompt tokens, 32 new tokens" in sheet.subtitle
+
+
+def test_decode_settings_have_labels_of_their_own_and_storage_is_said(tmp_path: Path) -> None:
+    path = figure_runs.bench(tmp_path / "bench") / "bench.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in [line for line in lines if line["method"] == "h2o" and line["ratio"] == 0.2]:
+        lines.append({**line, "decode": {"ratio": "0.5", "interval": 1}})
+    for line in lines:
+        line["storage"] = "read" if line["method"] == "snapkv" else "stored" if line["method"] == "h2o" else "pairs"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (sheet,) = KINDS["latency"].build(bars.load(path.parent)[0])
+    names = [(b.method, b.asked) for b in sheet.panels[0].bars]
+    assert ("h2o", "0.2 (r_d 0.5)") in names
+    assert len(set(names)) == len(names) == 6
+    assert "snapkv: simulated, nothing is freed, stored forms are read back without a fused kernel" in sheet.subtitle
+    plain = KINDS["latency"].build(bars.load(figure_runs.bench(tmp_path / "plain"))[0])[0].subtitle
+    assert "freed" not in plain
+    assert "stored" not in plain
+
+
+def test_one_repeat_is_one(tmp_path: Path) -> None:
+    path = figure_runs.bench(tmp_path / "bench") / "bench.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        for found in (line["tokens_per_second"], *line["seconds"].values()):
+            found["all"] = found["all"][:1]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert KINDS["latency"].build(bars.load(path.parent)[0])[0].subtitle.startswith("n = 1 repeat, batch 1")
 
 
 def test_a_busy_machine_is_marked(tmp_path: Path) -> None:

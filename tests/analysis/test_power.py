@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -65,6 +66,40 @@ def test_a_flat_cell_needs_what_makes_its_interval_fit() -> None:
     assert n == 189
     assert stats.tango(n, 0, 0).low > -0.02 >= stats.tango(n - 1, 0, 0).low
     assert power.needed(_binary(100, 0, 0), 0.02) == power.Needed(190, 190)
+
+
+def _all_lost(n: int, loss: float, level: float) -> float:
+    """Probability that a true loss without gains is established: the sum over every number of losses."""
+    found = 0.0
+    for k in range(n + 1):
+        if stats.tango(n, 0, k, level).high < 0 and stats.mcnemar_midp(0, k) < 1 - level:
+            found += float(scipy_stats.binom.pmf(k, n, loss))
+    return found
+
+
+@pytest.mark.parametrize(("n", "size", "points"), [(40, 216, 40.3), (200, 216, 8.4), (200, 700, 9.5), (200, 1, 3.3)])
+def test_of_a_flat_cell_the_chance_is_80_per_cent(n: int, size: int, points: float) -> None:
+    level = 1 - 0.05 / size
+    smallest = power.detectable(_binary(n, 0, 0), level)
+    assert smallest is not None
+    assert 100 * smallest == pytest.approx(points, abs=0.05)
+    assert _all_lost(n, smallest, level) == pytest.approx(0.8, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 20, 216, 700, 5000])
+def test_fewest_losses_are_those_that_both_the_interval_and_p_establish(size: int) -> None:
+    level = 1 - 0.05 / size
+    for n in (4, 5, 12, 40, 300):
+        both = [k for k in range(1, n + 1) if stats.tango(n, 0, k, level).high < 0 and 0.5**k < 1 - level]
+        assert power.fewest_losses(n, level) == (both[0] if both else None)
+
+
+def test_the_detectable_difference_does_not_jump_where_samples_begin_to_change() -> None:
+    found = [power.detectable(_binary(200, 0, worse), 1 - 0.05 / 216) for worse in range(60)]
+    steps = [b - a for a, b in pairwise(found) if a is not None and b is not None]
+    assert len(steps) == 59
+    assert min(steps) >= 0
+    assert max(steps) < 0.006, "one sample of 200 is 0.005"
 
 
 @pytest.mark.parametrize(("better", "worse"), [(5, 5), (20, 20), (0, 2)])

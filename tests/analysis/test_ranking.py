@@ -3,6 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from kvcli.analysis.marked import Grid, plain
 from kvcli.analysis.ranking import rank, ranking_section
 from tests.analysis.tables_of import cell, data_of, right, tasks
@@ -28,9 +30,49 @@ def test_behind_beside_and_other_bytes(tmp_path: Path) -> None:
     lines += cell("t", "bad", "0.2", right(60, 200)) + cell("t", "wide", "0.2", right(200, 200), measured_ratio=0.3)
     found, _ = rows(tmp_path, lines)
     task, asked, highest, behind, beside = found[0]
-    assert (task, asked, highest) == ("t", "0.2", "best 0.95")
-    assert behind.startswith("bad 65.0 [")
-    assert beside == "near (other bytes or over budget, so not compared: wide)"
+    assert (task, asked) == ("t", "0.2")
+    assert highest.startswith("best 0.95 (no answer 0 %")
+    assert behind.startswith("bad 65.0 [") and behind.endswith("] (adjusted p < 0.001)")
+    assert beside == "near (not compared: wide, other bytes)"
+
+
+def test_shares_and_flags_stand_beside_the_highest_score(tmp_path: Path) -> None:
+    lines = FULL + cell("t", "a", "0.2", right(190, 200), finish="length", flags=["simulated"])
+    lines += cell("t", "b", "0.2", right(60, 200), extracted=None, flags=["unreachable"])
+    (row,), texts = rows(tmp_path, lines)
+    assert row[2].startswith("a 0.95 (no answer 0 %") and row[2].endswith("cut 100 %; simulated)")
+    assert row[3].startswith("b (unreachable) 65.0 [")
+    assert "one pair" in texts and "all 1 pairs" not in texts
+    assert row[3].endswith("] (p < 0.001)")
+
+
+@pytest.mark.parametrize(("flag", "count", "compared"), [
+    ("fallback", 200, False), ("noop", 101, False), ("fallback", 100, True), ("noop", 60, True),
+])  # fmt: skip
+def test_what_fell_back_or_did_nothing_in_most_samples_is_not_compared(
+    tmp_path: Path, flag: str, count: int, compared: bool
+) -> None:
+    lines = FULL + cell("t", "a", "0.2", right(60, 200)) + cell("t", "b", "0.2", right(80, 200))
+    lines += [line | {"flags": [flag] * (i < count)} for i, line in enumerate(cell("t", "c", "0.2", right(190, 200)))]
+    (row,), _ = rows(tmp_path, lines)
+    said = flag if count == 200 else f"{flag} in {count} of 200"
+    if compared:
+        assert row[2].startswith("c 0.95 (") and row[2].endswith(f"{said})")
+    else:
+        assert row[2].startswith("b 0.40")
+        assert row[4].endswith(f"(not compared: c, {said})")
+
+
+@pytest.mark.parametrize(("facts", "extracted"), [({"chance": 0.95}, "x"), ({}, None)])
+def test_where_full_says_nothing_methods_are_not_ranked(
+    tmp_path: Path, facts: dict[str, Any], extracted: str | None
+) -> None:
+    lines = cell("t", "full", "1", right(190, 200), extracted=extracted)
+    lines += cell("t", "a", "0.2", right(60, 200)) + cell("t", "b", "0.2", right(170, 200))
+    found, texts = rows(tmp_path, lines, tasks=tasks(t=facts))
+    assert found == []
+    assert "Not ranked: t: " in texts
+    assert ("not clearly above chance" if facts else "100 % of full's outputs hold no answer") in texts
 
 
 def test_cells_over_budget_are_not_ranked(tmp_path: Path) -> None:

@@ -183,6 +183,26 @@ def test_few_nonzero_differences_take_t_with_the_reason() -> None:
     assert (found.interval.method, found.interval.note) == ("t", "fewer than 10 non-zero differences, so no bootstrap")
 
 
+def test_differences_that_are_nearly_all_the_same_are_not_resampled() -> None:
+    """39 of 40 lose everything: resamples hold at most a few of the other, and BCa ends at -1."""
+    full, compressed = np.full(40, 1.0), np.zeros(40)
+    compressed[7] = 0.5
+    found = stats.paired_difference(compressed, full)
+    assert found.interval is not None
+    assert found.interval.method == "t with share bound"
+    assert found.interval.note == "nearly all differences are the same, so no bootstrap"
+    assert found.interval.high > spread.bca(compressed - full).high
+    assert found.interval.high >= (1 - stats.wilson(0, 40).high) * found.value + stats.wilson(0, 40).high - 1e-12
+    wide = found.at(1 - 0.05 / 200)
+    assert wide is not None
+    assert "share bound" in wide.method
+    mixed = np.linspace(0, 0.9, 40)
+    assert stats.paired_difference(mixed, full).interval.method == "BCa bootstrap"  # type: ignore[union-attr]
+    ten = stats.paired_difference(np.linspace(0, 0.9, 10), np.ones(10))
+    assert ten.interval is not None
+    assert ten.interval.method == "BCa bootstrap", "ten that differ from each other suffice"
+
+
 def test_a_few_differences_never_say_more_than_none() -> None:
     full = np.full(200, 1.0)
     nothing = stats.paired_difference(full - 1e-12, full).interval
@@ -263,14 +283,15 @@ def test_four_changed_samples_establish_nothing() -> None:
 
 
 def test_one_definition_of_established() -> None:
-    """Legend, report and docs quote the one text."""
+    """Of one comparison alone: docs quote the text. What outputs call established considers all comparisons."""
     from pathlib import Path
 
     from kvcli.analysis import wording
 
     docs = Path(__file__).resolve().parents[2] / "docs" / "statistics.md"
     assert stats.ESTABLISHED in " ".join(docs.read_text(encoding="utf-8").split())
-    assert stats.ESTABLISHED in wording.MEANING[wording.ESTABLISHED]
+    assert stats.ESTABLISHED not in wording.MEANING[wording.ESTABLISHED]
+    assert "all comparisons" in wording.MEANING[wording.ESTABLISHED]
 
 
 def _coverage(n: int, better: float, worse: float) -> float:

@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvcli.analysis import names, stats, tables, wording
+from kvcli.analysis import names, stats, wording
+from kvcli.analysis.doubts import unlike_reference
 from kvcli.analysis.load import Run, load_run
-from kvcli.analysis.tables import CellSummary, TaskTable, summarise
+from kvcli.analysis.table import CellSummary, TaskTable
+from kvcli.analysis.tables import summarise
+from kvcli.analysis.worst_flip import worst_flip
 from kvcli.cli.tables import as_json
 from tests.analysis.synthetic import (
     GOLDEN,
@@ -101,26 +104,90 @@ def test_shares_stand_beside_scores_where_they_are_unlike_full_s(tmp_path: Path)
     for line in snap[:6]:
         line["extracted"] = None
     table = summarise(run_of(tmp_path, full + snap + other))[0]
-    assert wording.shares(table.full) == {">": ">10"}
+    assert wording.shares(table.full) == {"?": "?0", "~": "~0", ">": ">10"}
     assert wording.shares(only(table, "snapkv"), table.full) == {"?": "?12", ">": ">0"}
     assert wording.shares(only(table, "h2o"), table.full) == {}
     drawn = terminal([table], 100)
-    assert "full 1.00 [0.93, 1.00] >10" in drawn and "1.00 +0.0 ?12 >0" in drawn
+    assert "full 1.00 [0.93, 1.00] ?0 ~0 >10" in drawn and "1.00 +0.0 ?12 >0" in drawn
     assert [line.rstrip() for line in drawn.splitlines() if line.startswith("h2o")] == ["h2o      1.00 +0.0"]
     assert "? so many per cent of the outputs hold no answer" in drawn
     assert "is within 2 points of full's" in drawn
 
 
-def test_without_any_such_share_the_table_has_no_word_of_it(tmp_path: Path) -> None:
+def test_shares_that_are_zero_everywhere_are_said_once_beside_full(tmp_path: Path) -> None:
     table = summarise(run_of(tmp_path, lines_of("full", [1.0] * 5) + lines_of("snapkv", [1.0] * 5)))[0]
-    assert "so many per cent" not in terminal([table], 100) and "within 2 points" not in terminal([table], 100)
+    drawn = terminal([table], 100)
+    assert "full 1.00 [0.57, 1.00] ?0 ~0 >0" in drawn and "is within 2 points of full's" in drawn
+    assert [line.rstrip() for line in drawn.splitlines() if line.startswith("snapkv")] == ["snapkv   1.00 +0.0"]
 
 
-def test_without_full_every_share_above_zero_is_shown(tmp_path: Path) -> None:
+def test_without_full_every_share_is_shown(tmp_path: Path) -> None:
     lines = lines_of("snapkv", [1.0] * 300)
     lines[0]["extracted"] = None
     table = summarise(run_of(tmp_path, lines))[0]
-    assert wording.shares(only(table, "snapkv"), table.full) == {"?": "?1"}, "above zero is not shown as zero"
+    assert wording.shares(only(table, "snapkv"), table.full) == {"?": "?1", "~": "~0", ">": ">0"}, (
+        "above zero is not shown as zero"
+    )
+
+
+def test_outputs_in_circles_have_a_share_of_their_own_and_options_have_none(tmp_path: Path) -> None:
+    full, snap = (lines_of(m, [1.0] * 10) for m in ("full", "snapkv"))
+    for line in full + snap:
+        line.update(n_new=200, repetition=0.1)
+    for line in snap[:3]:
+        line.update(repetition=0.97)
+    snap[4].update(repetition=0.9, n_new=8)
+    table = summarise(run_of(tmp_path / "a", full + snap))[0]
+    assert table.full is not None and table.full.incoherent == 0.0
+    assert (only(table, "snapkv").incoherent, only(table, "snapkv").no_answer) == (0.3, 0.0), "eight tokens do not tell"
+    assert wording.shares(only(table, "snapkv"), table.full) == {"~": "~30"}
+    assert wording.outputs(only(table, "snapkv")) == "no answer 0 %, incoherent 30 %, cut 0 %"
+    for line in full + snap:
+        line.update(n_new=0, repetition=None)
+    chosen = only(summarise(run_of(tmp_path / "b", full + snap))[0], "snapkv")
+    assert chosen.incoherent is None and wording.outputs(chosen) == "no answer 0 %, cut 0 %"
+
+
+def test_what_the_scorer_calls_incoherent_counts_as_such(tmp_path: Path) -> None:
+    lines = lines_of("full", [1.0] * 4)
+    for line, said in zip(lines, (1.0, 1.0, 0.0, 0.0), strict=True):
+        line.update(extra={"incoherent": said}, repetition=0.9, n_new=50)
+    full = summarise(run_of(tmp_path, lines))[0].full
+    assert full is not None and full.incoherent == 0.5
+
+
+def test_one_cluster_says_what_cannot_be_judged_and_is_not_ranked(tmp_path: Path) -> None:
+    lines = [{**line, "cluster": "one"} for m in ("full", "snapkv") for line in lines_of(m, [1.0] * 8)]
+    (table,) = summarise(run_of(tmp_path / "a", lines, tasks={"t": {"chance": 0.25}}))
+    assert table.warnings == ("one cluster: not to be judged whether full is above chance (0.25)",)
+    assert unlike_reference(table) == ""
+    facts = {"t": {"chance": 0.25, "reference": {"testbed": 0.9}}}
+    (table,) = summarise(run_of(tmp_path / "b", lines, tasks=facts, config={"model": "testbed"}))
+    (said,) = table.warnings
+    assert said == unlike_reference(table)
+    assert said.startswith("one cluster: not to be judged whether full is above chance or where it was published")
+    assert "not ranked" in said
+
+
+def test_a_published_score_is_held_against_the_dense_model_alone(tmp_path: Path) -> None:
+    lines = lines_of("full", [1.0] * 50) + lines_of("full", [0.0] * 50, cell="pruned", weights="wanda:0.5")
+    facts = {"t": {"reference": {"testbed": 0.98}}}
+    dense, pruned = summarise(run_of(tmp_path, lines, tasks=facts, config={"model": "testbed"}))
+    assert (dense.reference, pruned.reference) == (0.98, None)
+    assert not unlike_reference(pruned)
+
+
+def test_seeds_and_draws_are_counted_apart(tmp_path: Path) -> None:
+    lines = lines_of("full", [1.0])
+    for seed in range(3):
+        for draw in range(2):
+            lines += lines_of("random", [1.0], cell=f"r{seed}{draw}", seed=seed, draw=draw)
+    cell = only(summarise(run_of(tmp_path / "a", lines))[0], "random")
+    assert (cell.seeds, cell.repeats, wording.repeats(cell)) == (6, (3, 2), "3 seeds x 2 draws")
+    one_seed = [line for line in lines if line["seed"] in (None, 0)]
+    assert wording.repeats(only(summarise(run_of(tmp_path / "b", one_seed))[0], "random")) == "2 draws"
+    torn = [line for line in lines if line["cell_id"] != "r21"]
+    assert wording.repeats(only(summarise(run_of(tmp_path / "c", torn))[0], "random")) == "5 seeds and draws"
 
 
 def test_only_samples_that_both_have_are_paired(tmp_path: Path) -> None:
@@ -339,7 +406,7 @@ def test_json_is_plain_and_holds_every_number(tmp_path: Path) -> None:
 
 def test_worst_flip_names_a_sample_that_full_got_right(tmp_path: Path) -> None:
     run = load_run(build(tmp_path / "run", Spec(TASKS[:3], METHODS[1:3], ("0.1",))))
-    found = tables.worst_flip(run, summarise(run))
+    found = worst_flip(run, summarise(run))
     assert found is not None
     task, sample = found
     scores = {
@@ -352,4 +419,11 @@ def test_worst_flip_names_a_sample_that_full_got_right(tmp_path: Path) -> None:
 
 def test_worst_flip_is_none_without_a_loss(tmp_path: Path) -> None:
     run = load_run(build(tmp_path / "run", Spec(TASKS[:1], [FakeMethod("same", 0.0)], ("1",), n=5)))
-    assert tables.worst_flip(run, summarise(run)) is None
+    assert worst_flip(run, summarise(run)) is None
+
+
+def test_equal_counts_share_one_score_interval() -> None:
+    from kvcli.analysis.proportions import wilson
+
+    assert wilson(3, 10) is wilson(3, 10)
+    assert wilson(3, 10) != wilson(3, 10, 0.99)

@@ -143,7 +143,8 @@ def measured(row: np.ndarray, at: int) -> list[float]:
     needed = [(np.searchsorted(ranked, share * ranked[-1]) + 1) / (at + 1) for share in (0.90, 0.95)]
     some = seen[seen > 0]
     entropy = float(-(some * np.log(some)).sum())
-    return [*needed, entropy, float(seen[:SINKS].sum()), float(seen[max(0, at + 1 - LOCAL) :].sum())]
+    near = seen[max(0, at + 1 - LOCAL) :]
+    return [*needed, entropy, entropy / np.log(at + 1), float(seen[:SINKS].sum()), float(near.sum())]
 
 
 @pytest.mark.parametrize(("family", "kv_heads"), FAMILIES)

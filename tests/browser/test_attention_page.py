@@ -114,9 +114,20 @@ def test_tokens_map_and_grid_are_walked_with_arrow_keys(opened: Open, html: Path
         assert p.get_attribute("#tokens", "aria-activedescendant") == f"token-{token}"
     p.focus("#map")
     p.keyboard.press("ArrowRight")
-    assert status(p) == "tokens 0 to 4 (special) cannot see tokens 5 to 9 (shot 0)"
+    assert status(p) == "token 0 (special) cannot see token 1 (system)", (
+        "the chosen head's own map is the finest there is"
+    )
+    for _ in range(5):
+        p.keyboard.press("ArrowDown")
+    fine = atlas.of(0, "map_mean")[5, 1]
+    assert float(status(p).split()[-2]) == pytest.approx(100 * fine, rel=0.03)
+    p.select_option("#layer", "0")
+    p.focus("#map")
+    for key in (*["ArrowUp"] * 5, "ArrowLeft", "ArrowRight"):
+        p.keyboard.press(key)
+    assert status(p) == "tokens 0 to 4 (special, system, shot 0) cannot see tokens 5 to 9 (shot 0)"
     p.keyboard.press("ArrowDown")
-    value = atlas.of(0, "small")[1, 2, 1, 1]
+    value = atlas.of(0, "small")[0, 2, 1, 1]
     assert status(p).startswith(
         "queries tokens 5 to 9 (shot 0) give keys tokens 5 to 9 (shot 0) a mean probability of "
     )
@@ -172,8 +183,8 @@ def test_the_map_is_drawn(opened: Open, html: Path) -> None:
     """Below the diagonal there is colour, above it the background."""
     p = opened(html, color_scheme="light").page
     size = p.eval_on_selector("#map", "e => e.width")
-    step = size / 8
-    places = [[int(x * step), int(y * step)] for x, y in ((6.5, 1.5), (1.5, 6.5))]
+    step = size / 40
+    places = [[int(x * step), int(y * step)] for x, y in ((36.5, 1.5), (0.5, 0.5))]
     above, below = p.eval_on_selector(
         "#map",
         """(e, places) => {
@@ -189,3 +200,110 @@ def test_a_narrow_window_needs_no_sideways_scrolling(opened: Open, html: Path) -
     p = opened(html).page
     p.set_viewport_size({"width": 420, "height": 800})
     assert p.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_grids_of_all_tasks_share_their_colours(opened: Open, tmp_path: Path) -> None:
+    """The same colour is the same value: the second task's attention is five times smaller, and so it looks."""
+    atlas = made()
+    measures = atlas.arrays["measures"].copy()
+    measures[:2], measures[2] = 0.5, 0.1
+    path = tmp_path / "page.html"
+    path.write_text(page(Atlas(atlas.meta, {**atlas.arrays, "measures": measures})), encoding="utf-8")
+    pixel = "e => Array.from(e.getContext('2d').getImageData(20, 10, 1, 1).data.slice(0, 3))"
+    found = []
+    for prompt in ("0", "1"):
+        p = opened(path, color_scheme="light").page
+        p.select_option("#prompt", prompt)
+        found.append(sum(p.eval_on_selector("#grid", pixel)))
+        assert p.inner_text("#gridhigh") == "0.500"
+    assert found[0] < 200 < 500 < found[1]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_tokens_can_be_read_whatever_they_receive_and_whether_they_are_kept(
+    opened: Open, html: Path, theme: str
+) -> None:
+    p = opened(html, color_scheme=theme).page
+    p.select_option("#method", "0")
+    worst, faded, gone = p.evaluate("""() => {
+      const parts = c => {
+        const v = c.match(/[\\d.]+/g).map(Number);
+        return [v.slice(0, 3), v.length > 3 ? v[3] : 1];
+      };
+      const light = c => {
+        const l = c.map(x => x / 255).map(x => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * l[0] + 0.7152 * l[1] + 0.0722 * l[2]; };
+      const [panel] = parts(getComputedStyle(document.getElementById("tokens")).backgroundColor);
+      const tokens = [...document.querySelectorAll(".token")];
+      const contrast = tokens.map(e => {
+        const s = getComputedStyle(e), [tint, a] = parts(s.backgroundColor), [ink] = parts(s.color);
+        const x = light(ink), y = light(tint.map((c, i) => a * c + (1 - a) * panel[i]));
+        return (Math.max(x, y) + 0.05) / (Math.min(x, y) + 0.05);
+      });
+      const lost = tokens.filter(e => e.classList.contains("gone"));
+      return [Math.min(...contrast), lost.filter(e => getComputedStyle(e).opacity !== "1").length, lost.length];
+    }""")
+    assert worst >= 4.5, "WCAG AA"
+    assert gone > 5 and faded == 0, "the tint of what was thrown away says what it receives"
+
+
+def test_colours_of_thrown_attention_are_those_of_the_figures(opened: Open, html: Path) -> None:
+    from kvcli.analysis.attention_sheet import THROWN
+
+    p = opened(html, color_scheme="light").page
+    p.select_option("#method", "0")
+
+    def colours() -> list[str]:
+        found = p.eval_on_selector_all(
+            "#bars .bar", "es => es.slice(0, 2).map(e => getComputedStyle(e).backgroundColor)"
+        )
+        return ["#" + "".join(f"{int(x):02X}" for x in c[4:-1].split(",")) for c in found]
+
+    expected = [THROWN["light"]["all"], THROWN["light"]["question"]]
+    assert colours() == expected
+    p.keyboard.press("q")
+    assert colours() == expected, "a colour is a set of queries, whichever is chosen"
+    assert "mean over heads" in p.inner_text("#lost")
+
+
+def test_the_page_has_curves_axes_and_shots(opened: Open, html: Path, atlas: Atlas) -> None:
+    from kvcli.analysis.attention_curves import curve_panels
+
+    p = opened(html).page
+    assert p.locator("#curves svg").count() == 3 and p.locator("#curves polyline").count() == 3 * (1 + 2)
+    drawn = p.locator("#curves svg").nth(2).locator("polyline").nth(1).get_attribute("points").split()
+    assert len(drawn) == 201
+    last = (150 - float(drawn[-1].split(",")[1])) / 1.1
+    assert last == pytest.approx(curve_panels(atlas, "all")[2].lines[0].y[-1], abs=0.1)
+    assert p.locator("#gridrows span").all_inner_texts() == ["0", "1", "2"]
+    assert p.locator("#gridcols span").all_inner_texts() == ["0", "1", "2", "3"]
+    assert p.locator("#maprows span").all_inner_texts()[:3] == ["0", "5", "10"]
+    p.select_option("#measure", label="mass of shot 1")
+    p.focus("#grid")
+    p.keyboard.press("ArrowRight")
+    value = float(status(p).partition("mass of shot 1 ")[2].split(",")[0])
+    assert value == pytest.approx(atlas.of(0, "shot_mass")[0, 1, 0, 1], rel=0.01)
+    assert "times evenly spread attention" in status(p)
+    p.select_option("#prompt", "1")
+    assert p.input_value("#measure") == "0", "the second task has no shots"
+
+
+def test_one_token_is_selected(opened: Open, html: Path) -> None:
+    p = opened(html).page
+    p.focus("#tokens")
+    p.keyboard.press("ArrowRight")
+    assert p.locator('[aria-selected="true"]').count() == 1
+    assert p.get_attribute("#token-1", "aria-selected") == "true"
+    assert p.locator('[role="option"][aria-selected]').count() == 40
+
+
+def test_unknown_words_are_named(opened: Open, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(page(made(unknown=(3,))), encoding="utf-8")
+    p = opened(path).page
+    p.hover("#token-1")
+    assert "<unk>" not in status(p)
+    p.focus("#tokens")
+    for _ in range(3):
+        p.keyboard.press("ArrowRight")
+    assert "(the model sees <unk> instead)" in status(p)

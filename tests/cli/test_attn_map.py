@@ -26,7 +26,8 @@ def test_figures_data_and_page_of_the_testbed(kvcli: Callable[..., Any], tmp_pat
     assert done.code == 0, done.err
     named = [Path(line) for line in done.out.splitlines()]
     assert {path.name for path in named} == {
-        "map.png", "measures.png", "regions.png", "shots.png", "curves.png", "attn-map.json", "attn-map.npz",
+        "map.png", "measures.png", "regions.png", "regions-even.png", "shots.png", "shots-heads.png",
+        "curves.png", "attn-map.json", "attn-map.npz",
         "attn-map.html", *(f"kept-{path.stem.removeprefix('kept-')}.png" for path in named if "kept-" in path.name),
     }  # fmt: skip
     assert sum(path.name.startswith("kept-tb_") for path in named) == 2
@@ -46,7 +47,13 @@ def test_json_names_the_files_and_nothing_else(kvcli: Callable[..., Any], tmp_pa
     facts = json.loads(done.out)
     assert facts["folder"] == str(tmp_path) and facts["pages"] == []
     assert [Path(p).name for p in facts["data"]] == ["attn-map.json", "attn-map.npz"]
-    assert {Path(p).name for p in facts["figures"]} == {"map.png", "measures.png", "regions.png", "curves.png"}
+    assert {Path(p).name for p in facts["figures"]} == {
+        "map.png",
+        "measures.png",
+        "regions.png",
+        "regions-even.png",
+        "curves.png",
+    }
     assert "next:" not in done.err, "a text is no task of a sweep"
 
 
@@ -113,7 +120,8 @@ def test_harmful_prompts_are_not_shown_unless_stored(
     (("--head", "x"), "--head must be a number from 0 to 3"), (("--queries", "some"), "--queries"),
     (("--format", "jpg"), "unknown format"), (("--blocks", "0"), "--blocks"), (("--limit", "0"), "--limit"),
     (("--sample", "nowhere"), "unknown sample"), (("--method", "snapvk"), "unknown method"),
-    (("--ratio", "2", "--method", "h2o"), "--ratio"), (("--attn", "quick"), "--attn"),
+    (("--ratio", "2", "--method", "h2o"), "--ratio"), (("--style", "poster"), "unknown style"),
+    (("--theme", "blue"), "unknown theme"), (("--query", "some"), "--query"), (("--attn", "quick"), "--attn"),
 ])  # fmt: skip
 def test_bad_input_is_one_message_and_code_2(
     kvcli: Callable[..., Any], tmp_path: Path, args: tuple[str, ...], why: str, monkeypatch: pytest.MonkeyPatch
@@ -123,6 +131,7 @@ def test_bad_input_is_one_message_and_code_2(
     done = kvcli("attn-map", *given)
     assert (done.code, done.out) == (2, "")
     assert "error: " in done.err and why in done.err and "Traceback" not in done.err
+    assert list(tmp_path.iterdir()) == [], "wrong input leaves no empty folder"
 
 
 def test_the_example_of_the_page_reads_what_was_written(
@@ -141,3 +150,36 @@ def test_the_example_of_the_page_reads_what_was_written(
     assert found["kept"].mean() == pytest.approx(found["entry"]["kept"]) == pytest.approx(0.3, abs=0.01)
     named = {name.replace("p0.", "pI.").replace("kept.0", "kept.J") for name in found["arrays"]}
     assert {name for name in named if f"`{name}`" not in page} == set(), "every array is described"
+
+
+def test_the_next_command_has_what_was_typed(kvcli: Callable[..., Any], tmp_path: Path) -> None:
+    done = kvcli(
+        "attn-map", "--model", TINY, "--task", "tb_arithmetic", "--method", "random", "--budget", "40",
+        "--shots", "1,2", "--seed", "3", "--query", "agnostic", "--tokenizer", TESTBED_FOLDER,
+        "--out", tmp_path, *QUICK,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    (line,) = [line for line in done.err.splitlines() if line.startswith("next: ")]
+    for words in ("--budget 40", "--shots 1,2", "--seed 3", "--query agnostic", f"--tokenizer {TESTBED_FOLDER}"):
+        assert words in line
+    assert "--ratio" not in line
+    atlas = load(tmp_path)
+    assert [g["label"] for g in atlas.groups] == ["tb_arithmetic, 1 shot", "tb_arithmetic, 2 shots"]
+    assert [(e["seed"], e["query"]) for e in atlas.entries(0)] == [(3, "agnostic")]
+
+
+def test_a_text_of_unknown_words_says_so(kvcli: Callable[..., Any], tmp_path: Path) -> None:
+    for text, said in (("the cat sat on the mat", True), ("red fish black goat white wolf", False)):
+        done = kvcli("attn-map", "--text", text, "--out", tmp_path / str(said), "--format", "svg")
+        assert done.code == 0, done.err
+        assert ("the model sees <unk> instead" in done.err) == said
+        assert ("⟨unk⟩" in (tmp_path / str(said) / "map.svg").read_text(encoding="utf-8")) == said
+
+
+def test_style_and_theme(kvcli: Callable[..., Any], tmp_path: Path) -> None:
+    command = ("attn-map", "--model", TINY, "--text", "go fish", "--style", "paper", "--theme", "dark")
+    assert kvcli(*command, "--out", tmp_path / "a").code == 0
+    assert {path.suffix for path in (tmp_path / "a").iterdir()} == {".pdf", ".json", ".npz"}
+    assert kvcli(*command, "--out", tmp_path / "b", "--format", "svg").code == 0
+    drawn = (tmp_path / "b" / "measures.svg").read_text()
+    assert f'width="{6.75 * 72:g}pt"' in drawn and "#0d1117" in drawn

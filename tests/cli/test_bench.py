@@ -74,7 +74,8 @@ def test_lines_have_the_fields_of_the_page_and_say_whose_times_they_are(measured
         assert list(record) == list(FIELDS)
         assert (record["kind"], record["shared"], record["first_token"]) == ("bench", False, "prefill")
     good = records[:4]
-    assert all(value is not None for r in good for key, value in r.items() if key != "error")
+    assert all(value is not None for r in good for key, value in r.items() if key not in ("error", "decode"))
+    assert [(r["method_kind"], r["storage"], r["buffer_bytes"]) for r in good] == [("evict", "pairs", 0)] * 4
     assert {(r["prompt_tokens"], r["new_tokens"], r["dtype"], r["device"], r["threads"]) for r in good} == {
         (64, 4, "float32", "cpu", 1)
     }
@@ -84,7 +85,7 @@ def test_the_figures_of_a_line_are_those_of_its_batch(measured):
     _, (one, two, *_) = measured
     _, records = measured
     token = 2 * 1 * (16 + 16) * 2  # layers, KV heads, key and value, 16 bit
-    assert one["kv_bytes"] == {"full": 64 * token, "kept": 64 * token}
+    assert one["kv_bytes"] == {"full": 64 * token, "kept": 64 * token, "end": 68 * token, "read": None}
     assert one["alloc_bytes"] == two["alloc_bytes"] == (64 + 4) * token * 2  # float32, with room
     assert records[2]["kv_bytes"]["kept"] == 19 * token and records[2]["measured_ratio"] == pytest.approx(19 / 64)
     for record in records[:4]:
@@ -176,6 +177,9 @@ BAD: dict[str, tuple[str, ...]] = {
     "--memory 1G": ("--memory limits the largest batch", "--batch max"),
     "--out file": ("file is not a folder", "--out file"),
     "--task gsm8k": ("no such option", "--task"),
+    "--method snapkv --decode-ratio 0.5": ("none of these methods compresses generated tokens", "h2o"),
+    "--method h2o --decode-ratio 0.5 --cap fixed": ("exclude each other", "keep one of them"),
+    "--method h2o --decode-budget x": ("'x' is not a list of whole numbers",),
 }
 
 
@@ -216,11 +220,23 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(kvcli, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_names_methods_of_every_kind_and_how_they_compress_while_generating(kvcli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("bench", "--method", "h2o,kivi,quest,snapkv+kivi:bits=4", "--ratio", "0.3", "--decode-ratio", "off,0.5")
+    done = kvcli(*words, "--dry-run")
+    assert done.code == 0, done.err
+    assert (
+        done.out.splitlines()[0] == "6 processes: full, h2o 0.3, h2o 0.3 (r_d 0.5), kivi, quest, snapkv+kivi:bits=4 0.3"
+    )
+    cells = json.loads(kvcli(*words, "--dry-run", "--json").out)["cells"]
+    assert cells[2] == {"method": "h2o", "ratio": "0.3", "decode": {"ratio": "0.5", "interval": 1}}
+
+
 def figure(*values: float) -> dict[str, Any]:
     return {"median": sorted(values)[len(values) // 2], "min": min(values), "max": max(values), "all": list(values)}
 
 
-def record(method: str, ratio: float, step: float, kept: float, **changes: Any) -> dict[str, Any]:
+def record(method: str, ratio: float | None, step: float, kept: float, **changes: Any) -> dict[str, Any]:
     """A line whose decode steps take about `step` seconds and whose cache holds the share `kept`."""
     batch = changes.get("batch", 1)
     seconds = {
@@ -288,6 +304,7 @@ snapkv     0.2     180    102    20.0%    134     2,048   18,432     4.50x
 
 times in ms, median of 3 repeats
 first token: prefill, compression and first decode step
+per token: median step of a repeat; p90: 90 % of a repeat's steps take no longer
 vs full: tokens per second, then peak while decoding
 memory in MiB; kept (16-bit), held: per row; peaks: whole batch, above the model
 (cuda: max_memory_allocated)
@@ -327,8 +344,9 @@ method   ratio   batch   kept     full   held   prefill   decode      full
 full         1      40    512   100.0%    544     2,048   20,480         -
 snapkv     0.2     180    102    20.0%    134     2,048   18,432     4.50x
 
-times in ms, median of 3 repeats; min..max of them
+times in ms, median of 3 repeats
 first token: prefill, compression and first decode step
+per token: median step of a repeat; min..max of the repeats; p90: 90 % of a repeat's steps take no longer
 vs full: tokens per second, then peak while decoding
 memory in MiB; kept (16-bit), held: per row; peaks: whole batch, above the model (cuda: max_memory_allocated)
 ~  its repeats and those of full overlap: no difference was measured
@@ -336,6 +354,59 @@ memory in MiB; kept (16-bit), held: per row; peaks: whole batch, above the model
 """,
 }
 """Tables of records() by width."""
+
+
+def kinds() -> list[dict[str, Any]]:
+    """A stored form, a composition, a reader and an evictor that goes on while generating."""
+    mebi = 1 << 20
+    sizes = {"full": 512 * mebi, "kept": 512 * mebi, "end": 544 * mebi, "read": None}
+    stored = {"storage": "stored", "method_kind": "transform", "buffer_bytes": 17 * mebi}
+    return [
+        {**record("full", 1.0, 0.030, 1.0), "kv_bytes": sizes},
+        record("kivi", None, 0.050, 0.24, **stored, kv_bytes={**sizes, "kept": 120 * mebi, "end": 140 * mebi}),
+        record("snapkv+kivi:bits=4", 0.3, 0.04, 0.1, **stored, kv_bytes={**sizes, "kept": 49 * mebi, "end": 60 * mebi}),
+        record("quest", None, 0.035, 1.0, storage="read", flags=["simulated"], kv_bytes={**sizes, "read": 130 * mebi}),
+        record("h2o", 0.3, 0.026, 0.3, kv_bytes={**sizes, "kept": 154 * mebi, "end": 186 * mebi}),
+        record("h2o", 0.3, 0.028, 0.3, storage="pool", decode={"cap": "fixed", "interval": 1},
+               kv_bytes={**sizes, "kept": 154 * mebi, "end": 154 * mebi}),
+    ]  # fmt: skip
+
+
+def shown(found: list[dict[str, Any]], width: int, monkeypatch: Any, capsys: Any) -> list[str]:
+    monkeypatch.setenv("COLUMNS", str(width))
+    output.result(BenchView({**found[0], "memory_source": "cuda: max_memory_allocated"}, tables(found)))
+    return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_every_kind_of_method_has_its_line_and_what_its_figures_do_not_say_is_said(width, monkeypatch, capsys):
+    lines = shown(kinds(), width, monkeypatch, capsys)
+    assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
+    (quest,) = [x for x in lines if x.startswith("quest!") and "100.0%" in x]
+    assert quest.split()[:5] == ["quest!", "512", "100.0%", "544", "130"]
+    kivi = [x.split() for x in lines if x.startswith("kivi* ")]
+    assert kivi[1][:5] == ["kivi*", "120", "23.4%", "140", "-"]
+    (fixed,) = [x for x in lines if x.startswith("h2o fixed") and "30.1%" in x]
+    assert "154" in fixed and " 0.3 " in fixed
+    said = " ".join(" ".join(lines).split())
+    assert "held counts one layer written out for attention (17.0 MiB per row)" in said
+    assert "!  quest simulated".replace("  ", " ") in said
+    assert "simulated: all pairs stay in memory" in said and "no fused kernel" in said
+    assert "KV end: prompt and answer at the last token" in said
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_largest_batch_of_every_kind_fits_the_width_too(width, monkeypatch, capsys):
+    lines = shown([{**r, "batch_asked": "max", "batch": 40} for r in kinds()], width, monkeypatch, capsys)
+    assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
+    assert sum(line.startswith("kivi*") for line in lines) == 2
+
+
+def test_cells_that_differ_while_generating_are_lines_of_their_own():
+    (table,) = tables([*kinds(), {**kinds()[-1], "status": "error", "error": "out of memory", "round": 1}])
+    assert [(line.method, line.asked) for line in table.lines[-2:]] == [("h2o", "0.3"), ("h2o", "0.3 (fixed cap)")]
+    assert table.failed == [("h2o", 0.3, "fixed cap: out of memory")]
+    assert table.lines[1].against["kv_bytes"] == pytest.approx(120 / 512)
 
 
 def drawn(width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:

@@ -52,6 +52,12 @@ def test_csv_is_the_default_and_lies_in_the_folder(run: Path, kvcli: Callable[..
         assert float(row["kl"]) == record["fidelity"]["kl"] and int(row["n_new"]) == record["n_new"]
 
 
+def test_an_unknown_format_is_told_which_there_are(run: Path, kvcli: Callable[..., Any]) -> None:
+    done = kvcli("export", "demo", "--format", "xlsx")
+    assert (done.code, done.out) == (2, "")
+    assert "try:   --format csv or parquet or lm-eval or every-eval-ever" in done.err
+
+
 def test_the_end_of_a_file_s_name_decides(run: Path, kvcli: Callable[..., Any]) -> None:
     done = kvcli("export", "demo", "--out", "mine.parquet", "--json")
     assert json.loads(done.out)["files"] == ["mine.parquet", "mine-cells.parquet"]

@@ -30,6 +30,21 @@ def test_methods(kvcli):
     assert {s["name"]: s["default"] for s in snapkv["settings"]}["window"] == 32
 
 
+@pytest.mark.parametrize(("width", "columns"), [(60, 3), (70, 4), (80, 5), (120, 6), (200, 6)])
+def test_the_table_of_methods_gives_up_columns_before_words(kvcli, monkeypatch, width, columns):
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = kvcli("list", "methods").out.splitlines()
+    assert max(map(len, lines)) <= width
+    cards = json.loads(kvcli("list", "methods", "--json").out)
+    words = {word for line in lines for word in line.split()}
+    for card in cards:
+        assert card["name"] in words
+        assert columns < 5 or not card["paper"] or card["paper"] in words
+        assert {f"{s['name']}={s['default']}" for s in card["settings"] if type(s["default"]) is int} <= words
+    shown = [name for name in ("method", "tier", "kind", "paper", "settings", "always") if name in words]
+    assert len(shown) == columns
+
+
 def test_tasks(kvcli):
     from kvcli.evals.loader import task_names
 
@@ -57,14 +72,18 @@ def test_the_table_of_tasks_fits_the_screen_and_cuts_no_name(kvcli, monkeypatch,
     done = kvcli("list", "tasks")
     assert done.code == 0 and max(map(len, done.out.splitlines())) <= width
     lines = [line.split() for line in done.out.splitlines() if line.strip()]
-    joined = "".join(done.out.split())
     for task in found:
-        assert task["name"] in joined or (len(task["name"]) > 26 and task["name"][:26] in joined)
-        line = next((line for line in lines if line[0] == task["name"]), None)
-        if line is not None:
-            assert line[-1] == task["metric"] and line[-2] in ("gen", "mc") and line[-3] == str(task["shots"])
+        line = next(line for line in lines if line[0] == task["name"])
+        assert line[-1] == task["metric"] and line[-2] in ("gen", "mc") and line[-3] == str(task["shots"])
     for task in found:
         assert not task["suites"] or f"{task['suites'][-1]}:" in done.out, "a group for its suites"
+
+
+def test_on_a_very_narrow_screen_names_go_on_in_the_next_line(kvcli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "72")
+    done = kvcli("list", "tasks", "longbench_passage*")
+    assert max(map(len, done.out.splitlines())) <= 72
+    assert "longbench_passage_retrieval_zh" in "".join(line[:27].strip() for line in done.out.splitlines())
 
 
 def test_one_task(kvcli, monkeypatch):

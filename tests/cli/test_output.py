@@ -88,6 +88,45 @@ def test_time_left_ignores_what_was_there_before(monkeypatch):
     assert shown[-1] == "1m30s left"
 
 
+def test_no_time_left_is_said_before_something_is_known(monkeypatch):
+    """The first of 160 comes after 11 seconds with its whole batch behind it: 29 minutes would be said."""
+    now, shown = [0.0], []
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    bar = output.Progress(lambda done, total, fields, left: shown.append(left))
+    for done, at in ((0, 0.0), (1, 11.0), (7, 11.5), (8, 12.0), (160, 60.0)):
+        now[0] = at
+        bar.update(done, 160)
+    assert shown == ["", "", "", "3m48s left", ""]
+
+
+@pytest.mark.parametrize(("total", "enough"), [(3, 2), (160, 8), (1_000_000, 20)])
+def test_so_much_is_needed_to_say_the_time_left(monkeypatch, total, enough):
+    now, shown = [0.0], []
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    bar = output.Progress(lambda done, total, fields, left: shown.append(left))
+    for done in range(enough + 1):
+        bar.update(done, total)
+        now[0] += 1
+    assert not any(shown[:-1]) and shown[-1].endswith(" left")
+
+
+def test_a_verdict_is_as_wide_as_tables_are_off_a_terminal(capfd):
+    from kvcli.analysis.marked import Bullets, Paragraph, Section
+    from kvcli.cli.tables import VerdictView
+
+    long = "recall: " + "loses much " * 30
+    output.result(VerdictView(Section("verdict", "Verdict", (Bullets.of([long]), Paragraph(long)))))
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) > 4 and max(map(len, lines)) <= 120
+
+
+def test_scripts_of_several_commands_can_do_without_the_next_one(capfd, monkeypatch):
+    monkeypatch.setenv("KVCLI_NO_NEXT", "1")
+    output.next_command("kvcli report runs/x")
+    output.note("said")
+    assert capfd.readouterr() == ("", "said\n")
+
+
 def test_json_is_one_strict_document(capfd):
     output.json_result({"a": float("nan"), "b": [float("inf"), 1.5], "c": {"é"}, "d": (1, 2)})
     text = capfd.readouterr().out
@@ -105,6 +144,10 @@ def test_messages_go_to_stderr(capfd):
     output.note("a [b]")
     output.next_command("kvcli report runs/x")
     assert capfd.readouterr() == ("", "a [b]\nnext: kvcli report runs/x\n")
+
+
+def test_counts():
+    assert [output.count(n, "cell") for n in (0, 1, 7104)] == ["0 cells", "1 cell", "7,104 cells"]
 
 
 @pytest.mark.parametrize(

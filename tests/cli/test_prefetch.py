@@ -35,6 +35,7 @@ class Hub:
         self.datasets: dict[str, dict[str, bytes]] = {}
         self.gated: set[str] = set()
         self.sent: list[str] = []
+        self.asked = 0
         self.broken: set[str] = set()
         self.url = ""
 
@@ -76,6 +77,7 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             return self.json([entry(name, files[name]) for name in files if name in paths])
 
         def do_GET(self) -> None:
+            hub.asked += 1
             path = unquote(urlsplit(self.path).path)
             api = re.match(r"/api/(models|datasets)/([^/]+/[^/]+)(/.*)?$", path)
             file = re.match(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$", path)
@@ -214,6 +216,55 @@ def test_a_dry_run_says_what_would_be_fetched_and_fetches_nothing(hub: Hub, home
     assert "to fetch" in lines["org/tiny"] and COMMIT[:12] in lines["org/tiny"]
     assert "to load" in lines["sums"] and "org/sums" in lines["sums"] and "ready" in lines["tb_recall"]
     assert hub.sent == [] and "without --dry-run" in done.stderr
+
+
+def test_a_dry_run_of_what_needs_no_hub_asks_it_nothing(hub: Hub, home: Path) -> None:
+    asked = ("--model", "testbed", "--task", "./sums.yaml,tb_recall", "--dry-run")
+    done = kvcli(hub.url, home, "prefetch", *asked)
+    assert done.returncode == 0 and hub.asked == 0, done.stderr
+    assert "needs no hub" in done.stdout and "to load" in done.stdout and "warning" not in done.stderr
+
+
+@pytest.mark.parametrize("offline", [{}, {"HF_HUB_OFFLINE": "1"}])
+def test_a_dry_run_without_the_hub_says_in_one_line_what_it_cannot_know(home: Path, offline: dict[str, str]) -> None:
+    began = time.monotonic()
+    asked = ("--model", "org/tiny,org/other@v2,testbed", "--tokenizer", "org/words", "--task", "./sums.yaml")
+    done = kvcli("http://127.0.0.1:9", home, "prefetch", *asked, "--dry-run", **offline)
+    assert done.returncode == 0 and time.monotonic() - began < 25, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and warnings[0].startswith("warning: the hub cannot be reached (")
+    assert warnings[0].endswith("only what the cache holds of org/tiny, org/other@v2, org/words")
+    assert not offline or "(HF_HUB_OFFLINE is set)" in warnings[0]
+    lines = {line.split()[1]: line for line in done.stdout.splitlines() if len(line.split()) > 2}
+    for name in ("org/tiny", "org/other@v2", "org/words"):
+        assert "not known" in lines[name] and "0 files in the cache" in lines[name]
+    assert "needs no hub" in lines["testbed"] and "to load" in lines["sums"]
+    assert "where the hub can be reached" in done.stderr
+
+
+def test_names_are_whole_at_80_columns(kvcli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    done = kvcli("prefetch", "--model", "llama3-8b,r1-distill-llama-8b", "--task", "gsm8k", "--dry-run")
+    assert done.code == 0 and max(map(len, done.out.splitlines())) <= 80
+    for name in ("meta-llama/Meta-Llama-3-8B-Instruct", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"):
+        assert any(line.split()[:2] == ["model", name] for line in done.out.splitlines())
+
+
+def test_a_dry_run_without_the_hub_shows_what_the_cache_holds(hub: Hub, home: Path) -> None:
+    assert kvcli(hub.url, home, "prefetch", "--model", "org/tiny").returncode == 0
+    done = kvcli("http://127.0.0.1:9", home, "prefetch", "--model", "org/tiny", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert (row["state"], row["commit"], row["fetched_bytes"]) == ("not known", COMMIT, None)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(row["files"])
+    assert row["bytes"] == sum(len(hub.models["org/tiny"][name]) for name in row["files"])
+
+
+def test_a_dry_run_names_rows_that_are_nowhere(hub: Hub, home: Path) -> None:
+    (home.parent / "mine.yaml").write_text("task: mine\ndoc_to_text: question\ndoc_to_target: answer\n")
+    done = kvcli(hub.url, home, "prefetch", "--task", "./mine.yaml,./sums.yaml", "--dry-run")
+    assert done.returncode == 2 and "task 'mine' names no data set on the hub" in done.stderr
+    assert any(line.split()[:2] == ["task", "sums"] and "to load" in line for line in done.stdout.splitlines())
 
 
 def test_a_tokenizer_alone_takes_no_weights(hub: Hub, home: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 
 from kvcli.cli.app import main
 from tests.analysis.page_runs import EVIL, chunks_in, with_texts
-from tests.analysis.synthetic import METHODS, TASKS, Spec, build
+from tests.analysis.synthetic import METHODS, TASKS, FakeMethod, Spec, build
+from tests.analysis.tables_of import cell, folder_of, right
 
 
 @pytest.fixture
@@ -41,10 +43,76 @@ def test_json_has_verdicts_findings_and_the_family(run: Path, capsys: pytest.Cap
 
 def test_two_runs_are_compared(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build(Path("runs/other"), Spec(TASKS[1:3], METHODS[1:3], ("0.1", "0.5"), n=40, model="another"))
+    assert main(["report", "demo", "--no-figures"]) == 0
+    own = (run / "report.md").read_text()
+    capsys.readouterr()
     assert main(["report", "demo", "other", "--no-figures"]) == 0
-    text = (run / "report.md").read_text()
+    text = (run / "report-vs-other.md").read_text()
     assert "## Compared with other" in text
     assert "model is testbed here and another there" in text
+    assert (run / "report.md").read_text() == own, "the run's own report stays"
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Compared with other Not paired, because model is testbed here and another there" in out
+
+
+def test_the_terminal_says_which_methods_two_runs_do_not_share(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build(Path("runs/third"), Spec(TASKS[1:3], [FakeMethod("h2o:recent=8", 0.5)], ("0.1", "0.5"), n=40))
+    assert main(["report", "demo", "third", "--no-figures"]) == 0
+    assert "No method in common: streaming_llm, snapkv / h2o:recent=8." in capsys.readouterr().out
+
+
+def test_every_picture_is_of_this_call(run: Path) -> None:
+    def links(name: str) -> list[str]:
+        return re.findall(r"!\[.*?\]\((.*?)\)", (run / name).read_text())
+
+    assert main(["plot", "demo", "--kind", "heatmap", "--format", "png"]) == 0
+    assert main(["report", "demo"]) == 0
+    first = links("report.md")
+    assert first and not any("heatmap" in link for link in first)
+    assert all(link.startswith("figures/") and (run / link).is_file() for link in first)
+    build(run, Spec(TASKS[1:4], METHODS[1:3], ("0.1", "0.5"), ("compressed", "prefill"), n=40))
+    before = {path: path.stat().st_mtime_ns for path in (run / "figures").glob("*.png")}
+    assert main(["report", "demo"]) == 0
+    second = links("report.md")
+    assert len(second) > len(first)
+    assert all((run / link).stat().st_mtime_ns > before.get(run / link, 0) for link in second)
+    assert main(["report", "demo", "--out", str(run / "other.md")]) == 0
+    assert links("other.md") and all(link.startswith("other-figures/") for link in links("other.md"))
+
+
+def test_a_folder_that_is_not_finished_is_warned_of(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    meta = json.loads((run / "run.json").read_text())
+    meta["status"] = "stopped"
+    meta["generations"] = [{"cells": list(meta["cells"]), "grid": {"limit": 50}}]
+    (run / "run.json").write_text(json.dumps(meta))
+    assert main(["report", "demo", "--no-figures"]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("warning: runs/demo-1a2b is not finished (stopped): 400 of 500 records")
+    meta["status"] = "done"
+    (run / "run.json").write_text(json.dumps(meta))
+    assert main(["report", "demo", "--no-figures"]) == 0
+    assert "not finished" not in capsys.readouterr().err
+
+
+def test_what_bench_measured_is_for_plot(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path("runs/bench-testbed")
+    folder.mkdir()
+    (folder / "bench.jsonl").write_text("{}\n")
+    for name in ("runs/bench-testbed", "bench-testbed"):
+        assert main(["report", name]) == 2
+        err = capsys.readouterr().err
+        assert "holds times that kvcli bench measured" in err and "kvcli plot runs/bench-testbed" in err
+
+
+def test_json_has_the_distance_from_full_and_what_stands_in_the_family(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    near = {"kl": 0.25, "top1": 0.9, "nll": 1.0, "identical": False}
+    lines = cell("t", "full", "1", right(30, 30)) + cell("t", "a", "0.1", right(1, 30), fidelity=near)
+    folder_of(Path("runs/near"), lines)
+    assert main(["report", "near", "--json", "--no-figures"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["tables"][0]["cells"]
+    assert (found["kl"], found["top1"], found["in_family"]) == (0.25, pytest.approx(0.9), "loss")
 
 
 def test_against_the_paper(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,3 +152,15 @@ def test_a_page_needs_no_torch(run: Path) -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
+
+
+def test_many_compared_runs_do_not_all_name_the_file(run: Path) -> None:
+    names = [f"other{i}" for i in range(5)]
+    for name in names:
+        build(Path("runs") / name, Spec(TASKS[1:2], METHODS[1:2], ("0.1",), n=5))
+    assert main(["report", "demo", *names[:2], "--no-figures"]) == 0
+    assert main(["report", "demo", *names, "--no-figures"]) == 0
+    assert {path.name for path in run.glob("report*.md")} == {
+        "report-vs-other0-other1.md",
+        "report-vs-other0-and-4-more.md",
+    }

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kvcli.engine.judging import Judge, load_judge, verdict_of
+from kvcli.engine.rescoring import Tally
 from kvcli.errors import KvcliError
 from kvcli.results.store import read_records, read_run
 from tests.cli import sweeping
@@ -114,6 +115,50 @@ def test_json(run: Path, kvcli: Callable[..., Any]) -> None:
     assert (full["task"], full["method"], full["records"], full["changed"], full["left_out"]) == (
         "jailbreakv", "full", 6, 0, {},
     )  # fmt: skip
+
+
+LONG = "longbench_passage_retrieval_zh"
+FOLDED = "adakv:base.kernel=5,base.pool=avg,floor=0.1,normalize=true"
+
+
+def drawn(width: int | None, *methods: str) -> list[str]:
+    from rich.console import Console
+
+    from kvcli.cli.rescore_table import table
+
+    tallies = [Tally(task, m, 500, 17, 21.0, 33.5) for task in (LONG, "gsm8k") for m in methods]
+    tallies[0].left_out["its prompt is another one by now"] = 3
+    room = Console(width=width or 200, color_system=None)
+    with room.capture() as found:
+        room.print(table(tallies, width))
+    return [line.rstrip() for line in found.get().splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("width", [None, 120, 100, 80, 60])
+def test_the_table_cuts_no_name_and_gives_up_columns_first(width: int | None) -> None:
+    lines = drawn(width, "full", "snapkv", "streaming_llm")
+    assert max(map(len, lines)) <= (width or 200)
+    assert any(line.split()[0].rstrip(":") == LONG for line in lines)
+    rows = [line.split() for line in lines if "streaming_llm" in line]
+    assert len(rows) == 2 and len(lines) == (8 if lines[2].split()[1:2] == ["full"] else 10)
+    assert {"changed", "new", "score"} <= set(lines[0].split())
+    for row in rows:
+        assert "17" in row and "0.067" in row
+    assert ("left" in lines[0].split()) == (width in (None, 120))
+    assert (LONG in lines[2] and "full" in lines[2]) == (width in (None, 120, 100))
+
+
+def test_a_name_longer_than_the_screen_goes_on_in_the_next_line_and_numbers_stay_whole() -> None:
+    lines = drawn(50, "snapkv", FOLDED)
+    assert max(map(len, lines)) <= 50
+    assert FOLDED in "".join(line[:34].strip() for line in lines)
+    assert sum("17" in line.split() and "0.067" in line.split() for line in lines) == 4
+
+
+def test_file_methods_are_named_as_other_tables_name_them() -> None:
+    assert any(
+        "ValueNorm:recent=64" in line and ".py" not in line for line in drawn(80, "./a/b.py:ValueNorm:recent=64")
+    )
 
 
 def test_data_elsewhere(run: Path, safety: Path, tmp_path: Path, kvcli: Callable[..., Any]) -> None:

@@ -67,7 +67,7 @@ def test_a_finished_run(kvcli, tmp_path, record):
                 generations=[{"grid": {"limit": None}, "cells": ["c0"]}],
             )  # fmt: skip
     done = kvcli("status", tmp_path / "r")
-    assert "1 of 1 records (100 %)" in done.out
+    assert "1 of 1 record (100 %)" in done.out
     assert f"next: kvcli report {tmp_path / 'r'}" in done.err
 
 

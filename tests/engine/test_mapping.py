@@ -185,6 +185,9 @@ def test_the_paper_s_head_is_drawn_where_there_is_one() -> None:
     assert one.pairs == {(0, 0)}
     mean = chosen_heads(Asked(FULL, layer="mean", head="1"), shape(3, 2))
     assert mean.pairs == {(0, 1), (1, 1), (2, 1)} and mean.note == ""
+    half = chosen_heads(Asked(FULL, layer="3"), shape(4, 4))
+    assert half.note == "the paper's head 10 scaled to 4 heads", "a layer that was typed is no choice of kvcli's"
+    assert "layer 15 is the last of 16" in chosen_heads(Asked(FULL), shape(16, 32)).note
 
 
 @pytest.mark.parametrize("text", ["4", "-1", "x", ""])
@@ -253,3 +256,37 @@ def test_the_arrays_hold_nothing_but_finite_numbers_where_there_are_pairs() -> N
         else:
             assert np.isfinite(values).all(), name
     json.dumps(atlas.meta, allow_nan=False)
+
+
+def test_kept_maps_of_a_context_without_its_question_are_the_sweep_s(tmp_path: Path) -> None:
+    config = dataclasses.replace(FULL, methods=("snapkv", "h2o"), query=("aware", "agnostic"), max_new_tokens=1)
+    compressed = dataclasses.replace(config, first_token=("compressed",), query=("agnostic",), keep_maps=5)
+    run = sweep(dataclasses.replace(compressed, out=str(tmp_path / "run"), fidelity=False))
+    cells = json.loads((run / "run.json").read_text())["cells"]
+    atlas = map_prompts(Asked(config))
+    facts = atlas.meta["prompts"][0]
+    assert [(e["method"], e["query"]) for e in facts["kept"]].count(("snapkv", "agnostic")) == 1
+    start = facts["n"] - facts["queries"]["question"]
+    unlike = 0
+    for entry in (e for e in facts["kept"] if e["query"] == "agnostic"):
+        assert entry["of"] == start
+        (cell,) = [key for key, cell in cells.items() if cell["method"] == entry["method"]]
+        stored = read_map(map_path(run, "tb_arithmetic", facts["sample"], cell))
+        held = unpacked(atlas, 0, entry)
+        assert held[..., start:].all(), "the question is read afterwards, and kept"
+        (aware,) = [e for e in facts["kept"] if (e["method"], e["query"]) == (entry["method"], "aware")]
+        unlike += int((unpacked(atlas, 0, aware)[..., :start] != held[..., :start]).any())
+        for layer, heads in enumerate(stored):
+            for row, positions in zip(held[layer], heads, strict=False):
+                assert [i for i in np.flatnonzero(row).tolist() if i < start] == [
+                    i for i in positions.tolist() if i < start
+                ]
+        assert entry["kept"] == pytest.approx(held[..., :start].mean(), abs=1e-6) == pytest.approx(0.2, abs=0.02)
+    assert unlike == 2, "a method that has seen the question keeps others"
+
+
+def test_what_shots_receive_is_there_for_every_prompt() -> None:
+    atlas = map_prompts(Asked(FULL))
+    close(atlas.arrays["p0.shot_layers"], atlas.arrays["p0.shot_mass"].mean(-1))
+    assert atlas.arrays["p1.shot_layers"].shape == atlas.arrays["p0.shot_layers"].shape
+    assert "p1.shot_mass" not in atlas.arrays

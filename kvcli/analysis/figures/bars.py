@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FILE = "bench.jsonl"
-PHASES = (("prefill", "prefill (s)", 1.0), ("compress", "compress (s)", 1.0), ("first_token", "first token (s)", 1.0),
-          ("per_token", "per token (ms)", 1000.0))  # fmt: skip
+PHASES = tuple((name, f"{name.replace('_', ' ')} (ms)", 1000.0)
+               for name in ("prefill", "compress", "first_token", "per_token"))  # fmt: skip
+"""In ms, as the tables in the terminal have them."""
 SAME = ("model", "revision", "prompt_tokens", "new_tokens", "dtype", "device", "device_name", "threads", "attn")
 """Only measurements that agree in these stand side by side."""
 
@@ -129,7 +130,7 @@ def throughput(found: Measurements) -> list[Bars]:
 
 def _bar(line: bench.Line, figure: bench.Figure, scale: float) -> Bar:
     return Bar(
-        line.method, "" if line.ratio is None or line.method == "full" else f"{line.ratio:g}", scale * figure.median,
+        line.method, line.asked, scale * figure.median,
         scale * figure.low, scale * figure.high, line.repeats, tuple(line.flags), line.busy, line.within_spread,
     )  # fmt: skip
 
@@ -137,7 +138,9 @@ def _bar(line: bench.Line, figure: bench.Figure, scale: float) -> Bar:
 def _sheet(figure: str, what: str, found: Measurements, panels: Iterable[BarPanel]) -> Bars:
     facts, lines = found.facts, found.table.lines
     repeats = sorted({line.repeats for line in lines})
-    n = f"n = {repeats[0]} repeats" if len(repeats) == 1 else f"n = {repeats[0]} to {repeats[-1]} repeats"
+    n = f"n = {repeats[0]} repeat{'s' * (repeats[0] != 1)}"
+    if len(repeats) > 1:
+        n = f"n = {repeats[0]} to {repeats[-1]} repeats"
     rows = sorted({line.batch for line in lines})
     batch = f"batch {found.table.batch_asked}" + (
         f" ({rows[0]} to {rows[-1]} rows)" if found.table.batch_asked == "max" else ""
@@ -147,6 +150,11 @@ def _sheet(figure: str, what: str, found: Measurements, panels: Iterable[BarPane
     said += [f"{facts['dtype']} on {hardware}", "bars: median, lines: smallest to largest"]
     if any(line.busy for line in lines):
         said.append("the machine was busy in bars marked !")
+    frees_nothing = list(dict.fromkeys(line.method for line in lines if line.storage == "read"))
+    if frees_nothing:
+        said.append(f"{', '.join(frees_nothing)}: simulated, nothing is freed")
+    if any(line.storage == "stored" for line in lines):
+        said.append("stored forms are read back without a fused kernel")
     return Bars(figure, f"{what}: {facts['model']}", ", ".join(said), tuple(panels))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvcli.analysis import means, stats
-from kvcli.analysis.figures import layout
+from kvcli.analysis.figures import layout, nested
 from kvcli.analysis.figures.layout import Entry, Plan, plain, shortened
 from kvcli.analysis.figures.lines import heading
 from kvcli.analysis.figures.sheets import PANELS_PER_PAGE
@@ -20,6 +20,7 @@ from kvcli.analysis.stats import Difference
 from kvcli.analysis.tables import CellSummary, TaskTable
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -145,7 +146,9 @@ def _loss(view: View, table: TaskTable, column: str, methods: set[str]) -> Diffe
 def draw(sheet: Gain, style: Style) -> Figure:
     from matplotlib.lines import Line2D
 
-    shots = {d.task: f"{d.task} ({d.least} to {d.most} shots)" for p in sheet.panels for d in p.dots}
+    shots = {
+        d.task: f"{d.task} ({d.least} to {d.most} shot{'s' * (d.most != 1)})" for p in sheet.panels for d in p.dots
+    }
     look = looks(shots)
     rows, columns = layout.grid_shape(len(sheet.panels), style.most_columns)
     entries: list[Entry] = [
@@ -156,26 +159,33 @@ def draw(sheet: Gain, style: Style) -> Figure:
     page = layout.page(
         Plan(sheet.title, sheet.subtitle, rows, columns, sheet.x, sheet.y, entries, above=above, gap=0.34), style
     )
+    _limits(page.axes[0], sheet)
     for ax, panel in zip(page.axes, sheet.panels, strict=False):
         ax.grid(True, color=style.theme.grid, linewidth=0.5)
         ax.set_axisbelow(True)
         ax.axhline(0, color=style.theme.ink, linewidth=0.9, zorder=1.5)
         ax.axvline(0, color=style.theme.ink, linewidth=0.9, zorder=1.5)
-        for dot in panel.dots:
+        depths = nested.depths(ax, [(dot.gain.value, dot.loss.value) for dot in panel.dots])
+        for dot, depth in zip(panel.dots, depths, strict=True):
             line, x, y = style.line(look[dot.task]), dot.gain, dot.loss
+            bar = {"color": line["color"], "linewidth": 0.8 + 2.2 * depth, "alpha": 0.6, "solid_capstyle": "butt"}
             if x.low is not None and x.high is not None:
-                ax.plot([x.low, x.high], [y.value] * 2, color=line["color"], linewidth=0.8, alpha=0.6)
+                ax.plot([x.low, x.high], [y.value] * 2, **bar)
             if y.low is not None and y.high is not None:
-                ax.plot([x.value] * 2, [y.low, y.high], color=line["color"], linewidth=0.8, alpha=0.6)
+                ax.plot([x.value] * 2, [y.low, y.high], **bar)
             ax.plot([x.value], [y.value], marker=line["marker"], color=line["color"], linestyle="none", zorder=4,
-                    markersize=5.5 * style.size / 8)  # fmt: skip
+                    markersize=5.5 * style.size / 8 + nested.STEP * depth, markeredgewidth=0.6,
+                    markeredgecolor=style.theme.page)  # fmt: skip
         said = f"mean of {len(panel.methods)} methods" if len(panel.methods) > 1 else panel.methods[0]
         room = ax.get_window_extent().width / ax.figure.dpi
         heading(ax, f"asked: {panel.asked}", said, "", style, room, style.size)
+    layout.spare(page.axes, len(sheet.panels), columns)
+    return page.figure
+
+
+def _limits(ax: Axes, sheet: Gain) -> None:
     for axis in ("x", "y"):
         changes = [d.gain if axis == "x" else d.loss for p in sheet.panels for d in p.dots]
         ends = [v for c in changes for v in (c.value, c.low, c.high) if v is not None]
         low, high = min([*ends, -5.0]), max([*ends, 5.0])
-        getattr(page.axes[0], f"set_{axis}lim")(low - 0.05 * (high - low), high + 0.05 * (high - low))
-    layout.spare(page.axes, len(sheet.panels), columns)
-    return page.figure
+        getattr(ax, f"set_{axis}lim")(low - 0.05 * (high - low), high + 0.05 * (high - low))

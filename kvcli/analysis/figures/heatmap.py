@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
 from typing import TYPE_CHECKING
 
+from kvcli.analysis import wording
 from kvcli.analysis.figures import layout
 from kvcli.analysis.figures.layout import Plan, plain, shortened, text_width
 from kvcli.analysis.figures.sheets import FALLBACK, NOOP, OVER, SIMULATED, marks
@@ -13,6 +15,7 @@ from kvcli.analysis.figures.style import Style
 from kvcli.analysis.figures.values import difference_of
 from kvcli.analysis.figures.views import View, counted
 from kvcli.analysis.tables import Column, TaskTable
+from kvcli.analysis.verdicts import Kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,15 +23,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-LETTERS = {OVER: "b", NOOP: "n", FALLBACK: "f", SIMULATED: "s"}
-"""What stands behind a number for each mark."""
+LETTERS = {
+    OVER: wording.MARKS["over_budget"], NOOP: wording.MARKS["noop"], FALLBACK: wording.MARKS["fallback"],
+    SIMULATED: wording.MARKS["simulated"],
+}  # fmt: skip
+"""What stands behind a number for each mark: the letters of tables."""
+GAP, RIGHT = 0.2, 0.75
+"""Inches between panels, and for the colour bar."""
 MOST_COLUMNS = 12
 """Tasks on one page."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """One cell. y: percentage points; established: docs/statistics.md, unadjusted."""
+    """One cell. y: percentage points; low, high: 95 %, unadjusted; established: a loss or gain, all comparisons of the
+    run considered, as its report says."""
 
     method: str
     task: str
@@ -58,6 +67,8 @@ class Heat:
     methods: dict[str, str]
     tasks: tuple[str, ...]
     grids: tuple[Grid, ...]
+    family: int
+    """Comparisons that verdicts are adjusted for."""
     part: str = ""
 
 
@@ -91,6 +102,7 @@ def _page(view: View, tables: Sequence[TaskTable], columns: Sequence[Column], pa
             {m: view.labels[m] for m in view.methods if m in there},
             tuple(dict.fromkeys(view.task(t) for t in tables)),
             tuple(grids),
+            view.whole.judged.family.size,
             part,
         )
     ]
@@ -102,6 +114,7 @@ def _grid(view: View, tables: Sequence[TaskTable], column: Column) -> Grid:
         for row in table.rows:
             cell = row.cells.get(column.text)
             if cell is not None and (value := difference_of(cell)):
+                verdict = view.whole.judged.of(cell)
                 boxes.append(
                     Box(
                         row.method,
@@ -110,7 +123,7 @@ def _grid(view: View, tables: Sequence[TaskTable], column: Column) -> Grid:
                         value.low,
                         value.high,
                         value.n,
-                        cell.verdict in ("loss", "gain"),
+                        verdict is not None and verdict.kind in (Kind.LOSS, Kind.GAIN),
                         cell.measured_ratio,
                         marks(cell),
                     )
@@ -122,19 +135,21 @@ def draw(sheet: Heat, style: Style) -> Figure:
     size = style.size - 1
     names = {m: plain(shortened(label, size, 1.9)) for m, label in sheet.methods.items()}
     left = max(text_width(name, size) for name in names.values()) + 0.1
-    box = (0.4 * style.size / 8, 0.172 * style.size / 8)
+    box = (max(0.3, *(text_width(_said(b), size) for g in sheet.grids for b in g.boxes)) + 0.05, 0.172 * style.size / 8)
     tilt = max(text_width(task, size) for task in sheet.tasks)
     head = min(1.2, tilt) * 0.72 + 0.12
     panel = (box[0] * len(sheet.tasks), box[1] * len(names))
-    room = (style.width[1] if style.width else 11.0) - left - 1.2
-    columns = max(1, min(len(sheet.grids), int(room / (panel[0] + 0.2))))
+    width, columns = layout.print_width(style, len(sheet.grids), panel[0], GAP, left + RIGHT + 2 * layout.EDGE + 0.05)
+    if width is None:
+        columns = max(1, min(len(sheet.grids), int((11.0 - left - 1.2) / (panel[0] + GAP))))
     rows = -(-len(sheet.grids) // columns)
     found = {m for g in sheet.grids for b in g.boxes for m in b.marks}
-    key = ["*: established (95 %, unadjusted)", *(f"{LETTERS[m]}: {m}" for m in LETTERS if m in found)]
+    many = f", all {sheet.family:,} comparisons considered" if sheet.family > 1 else " (95 %)"
+    key = [f"{wording.ESTABLISHED}: loss or gain{many}", *(f"{LETTERS[m]}: {m}" for m in LETTERS if m in found)]
     page = layout.page(
         Plan(
             sheet.title, f"{sheet.subtitle}. {', '.join(key)}", rows, columns, "", "", panel=panel, left=left,
-            under=0.05, above=head + 0.3, gap=0.2, right=0.75,
+            under=0.05, above=head + 0.3, gap=GAP, right=RIGHT, width=width,
         ),
         style, share=False,
     )  # fmt: skip
@@ -174,10 +189,7 @@ def _panel(
     for one in grid.boxes:
         red, green, blue = to_rgb(shades((one.y + widest) / (2 * widest)))
         ink = "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#FFFFFF"
-        letters = "".join(LETTERS[m] for m in one.marks)
-        said = f"{one.y:+.0f}".replace("-", "\N{MINUS SIGN}") if abs(one.y) >= 0.5 else "0"
-        ax.text(columns[one.task], rows[one.method], f"{said}{'*' * one.established}{letters}", ha="center",
-                va="center", fontsize=size - 0.8, color=ink)  # fmt: skip
+        ax.text(columns[one.task], rows[one.method], _said(one), ha="center", va="center", fontsize=size, color=ink)
     ax.set_yticks(range(len(rows)), list(names.values()) if names else [""] * len(rows), fontsize=size)
     tasks = [plain(shortened(t, size, 1.2)) for t in sheet.tasks]
     ax.set_xticks(range(len(columns)), tasks, rotation=45, ha="left", rotation_mode="anchor", fontsize=size)
@@ -191,6 +203,21 @@ def _panel(
     ax.annotate(f"asked: {grid.asked}", (0, 1), xycoords="axes fraction", xytext=(0, _above(sheet, size)),
                 textcoords="offset points", fontweight="bold", fontsize=style.size + 0.5)  # fmt: skip
     return image
+
+
+def _said(box: Box) -> str:
+    """'−12*o'."""
+    return f"{rounded(box.y)}{wording.ESTABLISHED * box.established}{''.join(LETTERS[m] for m in box.marks)}"
+
+
+def rounded(points: float) -> str:
+    """Whole points, halves away from zero; one decimal below 1, so that a small difference is not called none."""
+    exact = Decimal(repr(round(points, 9)))
+    digits = Decimal("0.1") if abs(exact) < 1 else Decimal(1)
+    found = exact.quantize(digits, ROUND_HALF_UP)
+    if not found:
+        return "0"
+    return (f"{found:+.0f}" if found == int(found) else f"{found:+}").replace("-", "\N{MINUS SIGN}")
 
 
 def _above(sheet: Heat, size: float) -> float:

@@ -47,6 +47,8 @@ class Plan:
     """Between columns."""
     right: float = 0.0
     """Room at the right for a colour bar."""
+    width: float | None = None
+    """Of the page, which its panels fill."""
     ticks_inside: bool = True
     """All rows have ticks of their own below them."""
 
@@ -61,7 +63,7 @@ class Page:
 
 
 def page(plan: Plan, style: Style, *, share: bool = True) -> Page:
-    """share: all panels have the same axes."""
+    """share: all panels have the same axes. The figure's label is its caption, whether the page shows it or not."""
     from matplotlib.figure import Figure
 
     line = style.size * 1.3 / 72
@@ -72,14 +74,15 @@ def page(plan: Plan, style: Style, *, share: bool = True) -> Page:
     edges = left + EDGE + 0.05 + plan.right + (across - 1) * plan.gap
     width, panel = _widths(plan, style, edges)
     entries = legend_rows([label for _, label in plan.legend], width - 2 * EDGE, style)
-    title = wrapped(plan.title, style.size + 2, width - 2 * EDGE, bold=True)
-    subtitle = wrapped(plan.subtitle, style.size, width - 2 * EDGE)
+    title = wrapped(plan.title, style.size + 2, width - 2 * EDGE, bold=True) if style.titles else []
+    subtitle = wrapped(plan.subtitle, style.size, width - 2 * EDGE) if style.titles else []
     head = EDGE + len(title) * (style.size + 2) * 1.3 / 72
-    top = head + len(subtitle) * line + 0.06
+    top = head + len(subtitle) * line + 0.06 * style.titles
     tall = plan.panel[1] or style.panel[1] * (panel / style.panel[0]) ** 0.5
     foot = (line + 0.05 if plan.x else 0.02) + EDGE * 0.6 + (entries * line * 1.12 + 0.06 if plan.legend else 0.0)
     height = top + plan.rows * (plan.above + tall + plan.under) + foot
     figure = Figure(figsize=(width, height))
+    figure.set_label(f"{plan.title}. {plan.subtitle}.")
     grid: list[Axes] = []
     for row in range(plan.rows):
         for column in range(across):
@@ -89,10 +92,11 @@ def page(plan: Plan, style: Style, *, share: bool = True) -> Page:
             grid.append(figure.add_axes(place, sharex=first, sharey=first))
             if share:
                 grid[-1].tick_params(labelleft=column == 0, labelbottom=plan.ticks_inside or row == plan.rows - 1)
-    figure.text(EDGE / width, 1 - EDGE / height, "\n".join(title), fontsize=style.size + 2, fontweight="bold",
-                va="top", linespacing=1.15)  # fmt: skip
-    figure.text(EDGE / width, 1 - head / height, "\n".join(subtitle), fontsize=style.size, color=style.theme.muted,
-                va="top", linespacing=1.15)  # fmt: skip
+    if style.titles:
+        figure.text(EDGE / width, 1 - EDGE / height, "\n".join(title), fontsize=style.size + 2, fontweight="bold",
+                    va="top", linespacing=1.15)  # fmt: skip
+        figure.text(EDGE / width, 1 - head / height, "\n".join(subtitle), fontsize=style.size,
+                    color=style.theme.muted, va="top", linespacing=1.15)  # fmt: skip
     middle = (left + (width - EDGE - 0.05 - plan.right - left) / 2) / width
     if plan.x:
         figure.text(middle, (foot - line * 0.55 - 0.02) / height, plan.x, ha="center", va="center")
@@ -109,6 +113,8 @@ def page(plan: Plan, style: Style, *, share: bool = True) -> Page:
 def _widths(plan: Plan, style: Style, edges: float) -> tuple[float, float]:
     """(figure, panel) in inches."""
     wanted = plan.panel[0] or style.panel[0] * (1.6 if plan.columns == 1 else 1.0)
+    if plan.width is not None:
+        return plan.width, (plan.width - edges) / plan.columns
     if style.width is None or plan.panel[0]:
         return max(4.4, edges + plan.columns * wanted), max((4.4 - edges) / plan.columns, wanted)
     width = style.width[0] if plan.columns == 1 else style.width[1]
@@ -142,6 +148,19 @@ def grid_shape(panels: int, most: int) -> tuple[int, int]:
     columns = {1: 1, 2: 2, 3: 3, 4: 2, 5: 3, 6: 3, 9: 3}.get(panels, 4)
     columns = min(columns, most)
     return -(-panels // columns), columns
+
+
+def print_width(style: Style, panels: int, panel: float, gap: float, rest: float) -> tuple[float | None, int]:
+    """(width of a printed page, panels side by side) for panels at least `panel` wide; (None, panels) for a screen.
+
+    One column of the paper where all fit side by side, else two. rest: inches beside the panels.
+    """
+    if style.width is None:
+        return None, panels
+    fits = [max(1, int((width - rest + gap) / (panel + gap))) for width in style.width]
+    if fits[0] >= panels and style.width[0] - rest >= panel:
+        return style.width[0], panels
+    return style.width[1], min(fits[1], panels)
 
 
 def spare(axes: Sequence[Axes], used: int, columns: int) -> None:

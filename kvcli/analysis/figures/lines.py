@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from kvcli.analysis.figures import layout
+from kvcli.analysis.figures import layout, nested
 from kvcli.analysis.figures.layout import Entry, Plan, plain, shortened, text_width
 from kvcli.analysis.figures.sheets import FALLBACK, MARKS, NOOP, OVER, SIMULATED, Panel, Point, Series, Sheet
 from kvcli.analysis.figures.style import LINES, MARKERS, Style, looks
+from kvcli.analysis.tables import FULL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,10 +19,10 @@ Lines = Mapping[str, dict[str, Any]]
 """Per series what matplotlib needs to draw it."""
 BANDS_UP_TO = 3
 """More lines than this, and bands hide one another: intervals are drawn as bars."""
-DODGE = 0.024
-"""Inches between points at equal x."""
-ALIKE = 0.02
-"""Measured ratios this near are drawn side by side."""
+APART = 0.0107
+"""Between two intervals at most, as a share of the axis."""
+OPEN_SIZE, OPEN_EDGE = 1.5, 0.5
+"""Hollow and half filled points are larger and have a thinner edge (in points), or the page does not show in them."""
 KL_LINEAR = 1e-3
 """Below it the axis of the logarithmic scale is linear, so that 0 has a place."""
 
@@ -40,10 +40,12 @@ def draw_lines(sheet: Sheet, style: Style) -> Figure:
     rows, columns = layout.grid_shape(len(sheet.panels), style.most_columns)
     entries = [*((_line(drawn[key]), plain(_cut(label, style))) for key, label in series.items()),
                *_references(sheet, style)]  # fmt: skip
+    bands = len(series) <= BANDS_UP_TO
+    beside = any(len(_whiskered(panel, bands)) > 1 for panel in sheet.panels)
     page = layout.page(
         Plan(
             sheet.title,
-            sheet.subtitle,
+            sheet.subtitle + ", intervals moved apart sideways" * beside,
             rows,
             columns,
             sheet.x,
@@ -59,42 +61,76 @@ def draw_lines(sheet: Sheet, style: Style) -> Figure:
         ax.set_xlim(-0.02, widest + 0.02)  # beyond 1 only where a method stores more than the full cache
         ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
         _limits(ax, sheet)
-    dodges = _dodges(sheet, list(series), page.axes[0].get_window_extent().width / page.figure.dpi, widest + 0.04)
     for ax, panel in zip(page.axes, sheet.panels, strict=False):
         _frame(ax, panel, sheet, style)
+        depths = _depths(ax, panel) if sheet.keys == "shots" else {}
         for one in panel.series:
-            _draw_series(ax, one, drawn[one.key], style, dodges.get(one.key), len(series) <= BANDS_UP_TO)
+            _draw_series(ax, one, drawn[one.key], style, depths)
+        _draw_intervals(ax, panel, drawn, bands, widest + 0.04)
     layout.spare(page.axes, len(sheet.panels), columns)
     return page.figure
 
 
-def _draw_series(
-    ax: Axes, series: Series, line: dict[str, Any], style: Style, dodge: float | None, bands: bool
-) -> None:
-    from matplotlib.transforms import ScaledTranslation
+def _depths(ax: Axes, panel: Panel) -> dict[tuple[str, str], int]:
+    """Per point of the panel how many later ones lie on it."""
+    points = [(one.key, p) for one in panel.series for p in one.points]
+    found = nested.depths(ax, [(p.x, p.y) for _, p in points])
+    return {(key, p.asked): depth for (key, p), depth in zip(points, found, strict=True)}
 
+
+def _draw_series(
+    ax: Axes, series: Series, line: dict[str, Any], style: Style, depths: Mapping[tuple[str, str], int]
+) -> None:
+    """Line and points where they were measured; depths: how many points of later series lie on one."""
     x, y = [p.x for p in series.points], [p.y for p in series.points]
-    where = ax.transData
-    if dodge and not bands:
-        where = ax.transData + ScaledTranslation(dodge, 0, ax.figure.dpi_scale_trans)
-    ax.plot(x, y, color=line["color"], linestyle=line["linestyle"], zorder=3, transform=where)
-    known = [(p.x, p.low, p.high) for p in series.points if p.low is not None and p.high is not None]
-    if bands and len(known) > 1:
-        at, low, high = zip(*known, strict=True)
-        ax.fill_between(at, low, high, color=line["color"], alpha=0.18, linewidth=0, zorder=2)
-    else:
-        whiskers(ax, known, color=line["color"], linewidth=0.8, alpha=0.6, zorder=2.5, transform=where)
-    for marks, points in _by_marks(series.points).items():
-        mark(
-            ax,
-            [p.x for p in points],
-            [p.y for p in points],
-            line["color"],
-            line["marker"],
-            marks,
-            style,
-            transform=where,
-        )
+    ax.plot(x, y, color=line["color"], linestyle=line["linestyle"], zorder=3)
+    for depth in sorted({depths.get((series.key, p.asked), 0) for p in series.points}):
+        mine = [p for p in series.points if depths.get((series.key, p.asked), 0) == depth]
+        more = {"markersize": (4.0 if style.width is None else 3.2) + nested.STEP * depth} if depth else {}
+        for marks, points in _by_marks(mine).items():
+            mark(ax, [p.x for p in points], [p.y for p in points], line["color"], line["marker"], marks, style, **more)
+
+
+def _draw_intervals(ax: Axes, panel: Panel, drawn: Lines, bands: bool, span: float) -> None:
+    """span: measured ratios of the whole axis."""
+    whiskered = _whiskered(panel, bands)
+    for one in panel.series:
+        known = _known(one)
+        if known and one.key not in {key for key, _ in whiskered}:
+            at, low, high = zip(*((p.x, p.low, p.high) for p in known), strict=True)
+            ax.fill_between(at, low, high, color=drawn[one.key]["color"], alpha=0.18, linewidth=0, zorder=2)
+    places = apart([p.x for _, p in whiskered], span)
+    for (key, p), place in zip(whiskered, places, strict=True):
+        if p.low is not None and p.high is not None:
+            colour = drawn[key]["color"]
+            whiskers(ax, [(place, p.low, p.high)], color=colour, linewidth=0.8, alpha=0.6, zorder=2.5)
+
+
+def _known(series: Series) -> list[Point]:
+    return [p for p in series.points if p.low is not None and p.high is not None]
+
+
+def _whiskered(panel: Panel, bands: bool) -> list[tuple[str, Point]]:
+    """(series, point) of all intervals drawn as bars: a band between points at one ratio would have no width."""
+    drawn = [s for s in panel.series if not (bands and len({p.x for p in _known(s)}) > 1)]
+    return [(s.key, p) for s in drawn for p in _known(s)]
+
+
+def apart(x: Sequence[float], span: float) -> list[float]:
+    """Places of intervals: in the order of x, each as near to its x as its neighbours let it.
+
+    The least squares of places at least a step apart are an isotonic regression.
+    """
+    import numpy as np
+    from scipy.optimize import isotonic_regression
+
+    if not len(x):
+        return []
+    steps = min(APART, 0.8 / len(x)) * span * np.arange(len(x))
+    order = np.argsort(x, kind="stable")
+    found = np.empty(len(x))
+    found[order] = isotonic_regression(np.asarray(x, float)[order] - steps).x + steps
+    return [float(place) for place in found]
 
 
 def whiskers(ax: Axes, ends: Sequence[tuple[float, float, float]], across: bool = False, **more: Any) -> None:
@@ -119,12 +155,20 @@ def mark(
 ) -> None:  # fmt: skip
     """Points: hollow over budget or noop, half filled for a fallback, ringed where memory is simulated."""
     look = {"markersize": 4.0 if style.width is None else 3.2, **marking(marks, colour, style), **more}
-    ax.plot(x, y, marker=marker, linestyle="none", markeredgewidth=0.9, zorder=4, clip_on=False, **look)
+    if open_marks(marks):
+        look["markersize"] *= OPEN_SIZE
+    edge = OPEN_EDGE if open_marks(marks) else 0.9
+    ax.plot(x, y, marker=marker, linestyle="none", markeredgewidth=edge, zorder=4, clip_on=False, **look)
     if SIMULATED in marks:
         ring = {**more, "markersize": look["markersize"] + 4}
         ax.plot(
             x, y, marker="o", linestyle="none", markerfacecolor="none", markeredgecolor=colour,
                 markeredgewidth=0.6, zorder=4, clip_on=False, **ring)  # fmt: skip
+
+
+def open_marks(marks: Sequence[str]) -> bool:
+    """Whether a point is hollow or half filled."""
+    return any(m in marks for m in (OVER, NOOP, FALLBACK))
 
 
 def marking(marks: Sequence[str], colour: str, style: Style) -> dict[str, Any]:
@@ -133,32 +177,6 @@ def marking(marks: Sequence[str], colour: str, style: Style) -> dict[str, Any]:
     if FALLBACK in marks:
         return {"color": colour, "fillstyle": "bottom", "markerfacecoloralt": style.theme.page}
     return {"color": colour, "markerfacecolor": colour}
-
-
-def _dodges(sheet: Sheet, keys: Sequence[str], inches: float, span: float) -> dict[str, float]:
-    """How far each line is moved to the right, in inches, where points of several share an x."""
-    if not any(_share_x(panel) for panel in sheet.panels):
-        return {}
-    groups = _groups(sorted({p.x for p in _points(sheet)}))
-    gaps = [b[0] - a[-1] for a, b in pairwise(groups)]
-    room = 0.4 * min([*gaps, 1.0]) * inches / span
-    step = min(DODGE, room / max(1, len(keys) - 1))
-    return {key: (place - (len(keys) - 1) / 2) * step for place, key in enumerate(keys)}
-
-
-def _share_x(panel: Panel) -> bool:
-    found = sorted((p.x, s.key) for s in panel.series for p in s.points)
-    return any(b[0] - a[0] < ALIKE and a[1] != b[1] for a, b in pairwise(found))
-
-
-def _groups(values: Sequence[float]) -> list[list[float]]:
-    found: list[list[float]] = []
-    for value in values:
-        if found and value - found[-1][-1] < ALIKE:
-            found[-1].append(value)
-        else:
-            found.append([value])
-    return found
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -177,7 +195,7 @@ def draw_rows(sheet: Sheet, style: Style) -> Figure:
     tall = max(0.6, len(series) * (0.125 + 0.045 * len(asked)) * style.size / 8 + 0.1)
     rows, columns = layout.grid_shape(len(sheet.panels), style.most_columns)
     entries: list[Entry] = [] if single else [
-        (_line({"color": shades[a], "marker": MARKERS[i % 10], "linestyle": "none"}), f"asked: {a}")
+        (_line({"color": shades[a], "marker": MARKERS[i % 10], "linestyle": "none"}), a if a == FULL else f"asked: {a}")
         for i, a in enumerate(asked)
     ]  # fmt: skip
     subtitle = f"{sheet.subtitle}, asked: {asked[0]}" if single else sheet.subtitle

@@ -107,18 +107,16 @@ def _spots(view: View, cells: Sequence[CellSummary]) -> tuple[Spot, ...]:
 
 def draw(sheet: Needle, style: Style) -> Figure:
     size, scale = style.size - 1, style.size / 8
-    columns = min(style.most_columns, len(sheet.maps))
-    rows = -(-len(sheet.maps) // columns)
     name = max(text_width(one.label, style.size + 0.5, bold=True) for one in sheet.maps)
-    most = (style.width[1] - 1.6) / columns - 0.17 if style.width else 2.2
-    panel = (
-        min(most, max(0.9 * scale, name + 0.02, 0.32 * scale * len(sheet.lengths))),
-        min(1.8, max(0.9, 0.16 * len(sheet.depths))) * scale,
-    )
+    wide = min(1.35 if style.width else 2.2, max(0.9 * scale, name + 0.02, 0.32 * scale * len(sheet.lengths)))
+    width, columns = layout.print_width(style, len(sheet.maps), wide, 0.17, 2.0)
+    columns = min(style.most_columns, columns)
+    rows = -(-len(sheet.maps) // columns)
+    tall = min(1.8, max(0.9, 0.16 * len(sheet.depths))) * scale
     page = layout.page(
         Plan(
             sheet.title, sheet.subtitle, rows, columns, "length (tokens)", "depth (0: beginning of the text)",
-            panel=panel, left=0.36, above=0.4 * scale, right=0.75,
+            panel=(wide, tall), left=0.36, above=0.4 * scale, right=0.75, width=width,
         ),
         style,
     )  # fmt: skip
@@ -129,13 +127,13 @@ def draw(sheet: Needle, style: Style) -> Figure:
             values[sheet.depths.index(spot.depth), sheet.lengths.index(spot.length)] = spot.score
         image = ax.imshow(np.ma.masked_invalid(values), cmap=style.theme.shades, vmin=0, vmax=1, aspect="auto")
         ax.tick_params(length=2, labelsize=size)
-        room = panel[0]
+        room = ax.get_window_extent().width / ax.figure.dpi
         asked = "nothing evicted" if one.method == FULL else f"asked: {one.asked}"
         heading(ax, one.label, ", ".join([asked, *one.marks]), "", style, room, style.size)
         if number == 0:
-            at = _thinned(len(sheet.depths), int(panel[1] / (0.16 * scale)))
+            at = _thinned(len(sheet.depths), int(tall / (0.16 * scale)))
             ax.set_yticks(at, [f"{sheet.depths[i]:g}" for i in at])
-            at = _thinned(len(sheet.lengths), int(panel[0] / (0.3 * scale)))
+            at = _thinned(len(sheet.lengths), int(room / (0.3 * scale)))
             ax.set_xticks(at, [_tokens(sheet.lengths[i]) for i in at])
     layout.spare(page.axes, len(sheet.maps), columns)
     if image is not None and page.bar:

@@ -10,14 +10,14 @@ from kvcli.analysis import averages, stats
 from kvcli.analysis.figures.sheets import X_LABEL, Panel, Point, Series, Sheet, Value, pages, placed, point
 from kvcli.analysis.figures.values import difference_of
 from kvcli.analysis.figures.views import View, counted
-from kvcli.analysis.tables import CellSummary, TaskTable
+from kvcli.analysis.tables import FULL, CellSummary, TaskTable
 
 Get = Callable[[CellSummary], Value | None]
 
 
 def build(view: View) -> list[Sheet]:
     """For every task with several numbers of shots two figures, difference and score: the mean over methods, then each
-    method. Numbers of shots are lines of their own and never averaged."""
+    method. Numbers of shots are lines of their own and never averaged; with one size they are rows."""
     found: list[Sheet] = []
     for task in dict.fromkeys(t.task for t in view.tables):
         tables = sorted((t for t in view.tables if t.task == task), key=lambda t: t.shots or 0)
@@ -33,7 +33,7 @@ def _sheets(view: View, task: str, tables: Sequence[TaskTable]) -> Iterator[Shee
 
     ways: tuple[tuple[str, str, str, str, Get], ...] = (
         ("difference to full (points)", "points", "Loss by number of shots", "95 % paired intervals", difference_of),
-        ("score", "unit", "Score by number of shots", "95 % intervals, not for comparing methods; right end: full",
+        ("score", "unit", "Score by number of shots", "95 % intervals, not for comparing methods",
          score),
     )  # fmt: skip
     for y, scale, what, bars, value in ways:
@@ -41,7 +41,10 @@ def _sheets(view: View, task: str, tables: Sequence[TaskTable]) -> Iterator[Shee
         panels = [*([mean] if mean else []), *_method_panels(view, tables, value, scale == "unit")]
         if panels:
             points = [p for panel in panels for series in panel.series for p in series.points]
-            words = [f"{counted(p.n for p in points)} per point", *view.mode.words, bars]
+            asked = _sizes(tables, points)
+            layout = "rows" if len(asked.keys() - {FULL}) == 1 else "lines"
+            right_end = "; right end: full" * (FULL in asked and layout == "lines")
+            words = [f"{counted(p.n for p in points)} per point", *view.mode.words, bars + right_end]
             title = f"{what}, {task}: {view.run.model}"
             yield from pages(
                 Sheet(
@@ -50,13 +53,21 @@ def _sheets(view: View, task: str, tables: Sequence[TaskTable]) -> Iterator[Shee
                     ", ".join(words),
                     X_LABEL,
                     y,
-                    "lines",
+                    layout,
                     "shots",
                     scale,
                     tuple(panels),
                     f"{task}-{y.split()[0]}",
+                    tuple(asked) if layout == "rows" else (),
                 )
             )
+
+
+def _sizes(tables: Sequence[TaskTable], points: Sequence[Point]) -> dict[str, None]:
+    """What was asked for, in its order, `full` last."""
+    there = {p.asked for p in points}
+    columns = sorted({c for table in tables for c in table.columns if c.text in there}, key=lambda c: c.order)
+    return dict.fromkeys([*(c.text for c in columns), *([FULL] if FULL in there else [])])
 
 
 def _name(table: TaskTable) -> str:
@@ -121,6 +132,6 @@ def _series(table: TaskTable, points: Sequence[Point], with_full: bool) -> list[
     full = table.full
     if with_full and full and full.n:
         ends = full.interval
-        points = [*points, Point("full", 1.0, full.score, ends.low if ends else None, ends.high if ends else None,
+        points = [*points, Point(FULL, 1.0, full.score, ends.low if ends else None, ends.high if ends else None,
                                  full.n, (), {})]  # fmt: skip
     return [Series(str(table.shots), _name(table), tuple(sorted(points, key=lambda p: p.x)))]

@@ -26,6 +26,14 @@ _PLACES = (0, 9, 2, 3, 4, 5, 6, 7, 8, 1)
 """Grey is drawn in place of the second colour: it falls to a baseline."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
 LINES = ("-", "--", "-.")
+_PATTERNS: dict[str, tuple[tuple[float, ...], ...]] = {
+    "--": ((3.7, 1.6), (7, 2), (1.8, 1.2), (10, 2.5), (5, 4)),
+    "-.": ((6.4, 1.6, 1, 1.6), (5, 1.3, 1, 1.3, 1, 1.3), (5, 1.3, 1, 1.3, 1, 1.3, 1, 1.3), (5, 1.3, 5, 1.3, 1, 1.3),
+           (12, 1.6, 1, 1.6)),
+}  # fmt: skip
+"""Dashes and gaps, in line widths, of each broken line."""
+_VARIANTS = (0, 0, 1, 0, 1, 2, 3, 4, 1, 2)
+"""Which pattern lines of each colour have: curves have no markers, and colours alone do not tell them apart."""
 SALTS = (1486784, 524984, 24474)
 """For the colour, the marker and the dash of a name."""
 
@@ -91,13 +99,15 @@ class Style:
     width: tuple[float, float] | None
     most_columns: int
     dpi: int
+    titles: bool = True
+    """Whether a page begins with its title and subtitle."""
 
     def colour(self, look: Look) -> str:
         return self.theme.series[look.colour]
 
     def line(self, look: Look) -> dict[str, Any]:
         """What matplotlib calls them."""
-        return {"color": self.colour(look), "marker": MARKERS[look.marker], "linestyle": LINES[look.dash]}
+        return {"color": self.colour(look), "marker": MARKERS[look.marker], "linestyle": pattern(look)}
 
     def rc(self) -> dict[str, Any]:
         """matplotlib's settings for one figure. Fonts are embedded whole (type 42), as publishers ask."""
@@ -119,15 +129,21 @@ class Style:
 STYLES = ("screen", "paper")
 
 
-def style(name: str = "screen", theme: str = "light") -> Style:
+def style(name: str = "screen", theme: str = "light", *, titles: bool = True) -> Style:
     """`paper`: one column of 3.25 inches or two columns of 6.75, 7 point type. Raises KvcliError for unknown names."""
     if name not in STYLES:
         raise KvcliError(f"unknown style '{name}'", given=f"--style {name}", fix=" or ".join(STYLES))
     if theme not in THEMES:
         raise KvcliError(f"unknown theme '{theme}'", given=f"--theme {theme}", fix=" or ".join(THEMES))
     if name == "paper":
-        return Style(name, THEMES[theme], 7.0, (1.45, 1.1), (3.25, 6.75), 4, 300)
-    return Style(name, THEMES[theme], 8.0, (2.25, 1.5), None, 4, 200)
+        return Style(name, THEMES[theme], 7.0, (1.45, 1.1), (3.25, 6.75), 4, 300, titles)
+    return Style(name, THEMES[theme], 8.0, (2.25, 1.5), None, 4, 200, titles)
+
+
+def pattern(look: Look) -> Any:
+    """The line's dashes as matplotlib takes them; lines of two colours with one kind of dash differ where they can."""
+    kind = LINES[look.dash]
+    return (0, _PATTERNS[kind][_VARIANTS[look.colour]]) if kind in _PATTERNS else kind
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:

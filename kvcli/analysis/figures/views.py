@@ -17,6 +17,7 @@ import numpy as np
 
 from kvcli.analysis import names
 from kvcli.analysis.figures.measured import Measured
+from kvcli.analysis.judged import Judged, judge_tables
 from kvcli.analysis.load import Cell, Run
 from kvcli.analysis.scores import SampleScores
 from kvcli.analysis.tables import DENSE, FULL, CellSummary, TaskTable, summarise
@@ -44,6 +45,19 @@ class Mode:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """The run that verdicts are about: all of it, also where a figure shows only some. tables: None: not made yet."""
+
+    run: Run
+    tables: Sequence[TaskTable] | None = None
+
+    @cached_property
+    def judged(self) -> Judged:
+        """Verdicts as the report of the run says them."""
+        return judge_tables(self.run, summarise(self.run) if self.tables is None else self.tables)
+
+
+@dataclass(frozen=True)
 class View:
     """The tables of one mode. suffix: what tells it from the run's other modes in a file
     name."""
@@ -52,6 +66,7 @@ class View:
     mode: Mode
     suffix: tuple[str, ...]
     tables: tuple[TaskTable, ...]
+    whole: Whole
 
     @cached_property
     def scores(self) -> SampleScores:
@@ -89,14 +104,16 @@ def counted(counts: Iterable[int]) -> str:
     return f"n = {found[0]:,}" if len(found) == 1 else f"n = {found[0]:,} to {found[-1]:,}"
 
 
-def views(run: Run, tables: Sequence[TaskTable] | None = None) -> list[View]:
-    """tables: those of the run where they are known already."""
+def views(run: Run, tables: Sequence[TaskTable] | None = None, whole: Run | None = None) -> list[View]:
+    """tables: those of the run where they are known already. whole: the run of which `run` is a part."""
     modes: dict[Mode, list[TaskTable]] = {}
-    for table in summarise(run) if tables is None else tables:
+    tables = summarise(run) if tables is None else tables
+    judging = Whole(run, tables) if whole is None or whole is run else Whole(whole)
+    for table in tables:
         mode = Mode(table.first_token, table.query, table.weights, table.shot_seed, table.shot_order)
         modes.setdefault(mode, []).append(table)
     drawn = {mode: tuple(mine) for mode, mine in modes.items() if any(table.rows for table in mine)}
-    return [View(run, mode, _suffix(mode, list(drawn)), mine) for mode, mine in drawn.items()]
+    return [View(run, mode, _suffix(mode, list(drawn)), mine, judging) for mode, mine in drawn.items()]
 
 
 def _suffix(mode: Mode, modes: Sequence[Mode]) -> tuple[str, ...]:
