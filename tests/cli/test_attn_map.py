@@ -57,6 +57,7 @@ def test_json_names_the_files_and_nothing_else(kvcli: Callable[..., Any], tmp_pa
     assert "next:" not in done.err, "a text is no task of a sweep"
 
 
+@pytest.mark.slow
 def test_the_folder_hangs_on_what_is_asked(
     kvcli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +68,7 @@ def test_the_folder_hangs_on_what_is_asked(
     assert len(folders) == 2 and all(folder.name.startswith("random-weights-") for folder in folders)
 
 
+@pytest.mark.slow
 def test_the_same_command_writes_the_same_bytes(kvcli: Callable[..., Any], tmp_path: Path) -> None:
     for name in ("a", "b"):
         command = ("attn-map", "--model", TINY, "--task", "tb_recall", "--method", "h2o", "--html", *QUICK)
@@ -152,6 +154,7 @@ def test_the_example_of_the_page_reads_what_was_written(
     assert {name for name in named if f"`{name}`" not in page} == set(), "every array is described"
 
 
+@pytest.mark.slow
 def test_the_next_command_has_what_was_typed(kvcli: Callable[..., Any], tmp_path: Path) -> None:
     done = kvcli(
         "attn-map", "--model", TINY, "--task", "tb_arithmetic", "--method", "random", "--budget", "40",
@@ -176,6 +179,7 @@ def test_a_text_of_unknown_words_says_so(kvcli: Callable[..., Any], tmp_path: Pa
         assert ("⟨unk⟩" in (tmp_path / str(said) / "map.svg").read_text(encoding="utf-8")) == said
 
 
+@pytest.mark.slow
 def test_style_and_theme(kvcli: Callable[..., Any], tmp_path: Path) -> None:
     command = ("attn-map", "--model", TINY, "--text", "go fish", "--style", "paper", "--theme", "dark")
     assert kvcli(*command, "--out", tmp_path / "a").code == 0

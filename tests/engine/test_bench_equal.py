@@ -34,6 +34,8 @@ OTHERS = [
     "quest:tokens=16,page=4,least=1,dense_layers=1", "streaming_llm:rerotate=true",
 ]  # fmt: skip
 
+pytestmark = pytest.mark.slow  # about a second for each method
+
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[Model]:

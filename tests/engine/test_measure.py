@@ -91,6 +91,7 @@ def test_the_full_cache_generates_what_the_model_generates(batch):
         assert tokens == greedy(ids, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_of_a_batch_generate_what_they_generate_alone(method):
     """Compressed on arrival and joined, a row goes on as it does when its cache is built from the dense prefill."""
@@ -170,6 +171,7 @@ def test_a_transform_s_row_holds_nothing_of_the_pairs_it_was_made_of():
     assert 0 < held.payload < measured().full_bytes / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["snapkv", "kivi", "minicache", "lowrank", "quest"])
 def test_copies_of_a_row_are_rows_of_their_own(method):
     one = measured(method)
@@ -404,6 +406,7 @@ def test_the_largest_batch_of_a_model_stays_within_the_memory_given():
     assert none == {"status": "error", "error": "not even one row fits within 0 MiB"}
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_ends_a_batch_and_not_the_process():
     one = measured("snapkv", "0.3", new_tokens=3, repeats=1)
     once = one.once
