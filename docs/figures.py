@@ -15,11 +15,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from kvcli.analysis.figures.files import plot
 from kvcli.analysis.figures.kinds import chosen
 from kvcli.analysis.figures.style import THEMES, style
 from kvcli.analysis.figures.views import filtered
-from kvcli.analysis.load import load_run
-from kvcli.analysis.plots import plot
+from kvcli.analysis.reading.load import load_run
 
 IMAGES = Path(__file__).parent / "images"
 FIGURES = {"testbed": ("difference", ()), "testbed-heatmap": ("heatmap", ("0.1", "0.3"))}

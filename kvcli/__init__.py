@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 _API = {
     "SweepConfig": "kvcli.config",
     "sweep": "kvcli.engine.api",
-    "load_run": "kvcli.analysis.load",
+    "load_run": "kvcli.analysis.reading.load",
     "Method": "kvcli.methods.base",
     "RankedMethod": "kvcli.methods._ranked",
     "Transform": "kvcli.methods.base",

@@ -95,6 +95,21 @@ def test_imports_go_one_way(path):
             assert target in MAY_USE[part], f"{name_of(path)}:{line}: {part} may not import {target}"
 
 
+ANALYSIS = ("marked", "statistics", "reading", "tables", "figures", "attention", "findings", "reports", "exports")
+"""Packages of the analysis, in the order of docs/architecture.md: each may use those before it."""
+
+
+def test_packages_of_the_analysis_use_those_before_them_only():
+    for path in (PACKAGE / "analysis").rglob("*.py"):
+        own = path.relative_to(PACKAGE / "analysis").parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        for line, module in imports(ast.parse(path.read_text(encoding="utf-8"))):
+            if module.startswith("kvcli.analysis."):
+                used = module.split(".")[2]
+                assert ANALYSIS.index(used) <= ANALYSIS.index(own), f"{path}:{line}: {own} may not import {used}"
+
+
 @pytest.mark.parametrize("path", [p for p in FILES if name_of(p).startswith(("analysis/", "results/"))], ids=name_of)
 def test_reports_need_no_torch(path):
     found = {module.partition(".")[0] for _, module in imports(ast.parse(path.read_text(encoding="utf-8")))}

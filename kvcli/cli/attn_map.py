@@ -15,7 +15,7 @@ from kvcli.cli import output
 from kvcli.errors import KvcliError
 
 if TYPE_CHECKING:
-    from kvcli.analysis.attention import Atlas
+    from kvcli.analysis.attention.data import Atlas
     from kvcli.analysis.figures.style import Style
     from kvcli.config import SweepConfig
     from kvcli.engine.map_request import Asked
@@ -145,7 +145,7 @@ def perform(
     one_of("--queries", drawing.queries, QUERIES)
     positive("--blocks", picked["blocks"])
     wanted = [name.strip() for name in drawing.formats.split(",")]
-    from kvcli.analysis.attention_plots import check_formats
+    from kvcli.analysis.attention.plots import check_formats
     from kvcli.analysis.figures.style import style
 
     check_formats(wanted)
@@ -214,7 +214,7 @@ def _check_out(folder: Path) -> None:
 
 
 def _mapped(request: Asked) -> Atlas:
-    from kvcli.analysis.attention import Atlas
+    from kvcli.analysis.attention.data import Atlas
     from kvcli.engine.mapping import map_prompts
 
     with output.progress("attention") as bar:
@@ -250,12 +250,12 @@ def _written(
 
 
 def _files(found: Atlas, folder: Path, formats: list[str], drawing: Drawing, look: Style) -> dict[str, list[Path]]:
-    from kvcli.analysis.attention import NAME, write
-    from kvcli.analysis.attention_plots import draw
+    from kvcli.analysis.attention.data import NAME, write
+    from kvcli.analysis.attention.plots import draw
 
     files = {"figures": draw(found, folder, formats, drawing.queries, look), "data": write(found, folder), "pages": []}
     if drawing.html:
-        from kvcli.analysis.attention_page import page
+        from kvcli.analysis.attention.page import page
 
         files["pages"].append(folder / f"{NAME}.html")
         files["pages"][0].write_text(page(found), encoding="utf-8")

@@ -145,7 +145,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
 
 
 def _described(facts: dict[str, Any]) -> str:
-    from kvcli.analysis.names import decoding
+    from kvcli.analysis.reading.names import decoding
 
     names = [c["method"] if c["method"] == "full" else f"{c['method']} {c['ratio'] or ''}" for c in facts["cells"]]
     decodes = [decoding(c["decode"]) for c in facts["cells"]]
@@ -163,7 +163,7 @@ def _described(facts: dict[str, Any]) -> str:
 
 
 def _finish(plan: Plan, outcome: Outcome, reason: str, json: bool) -> int:
-    from kvcli.analysis.bench import tables
+    from kvcli.analysis.tables.bench import tables
 
     if outcome.stopped:
         output.warn(f"stopped by {reason}; what was measured before is saved")

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    from kvcli.analysis.bench import Figure, Line, Table
+    from kvcli.analysis.tables.bench import Figure, Line, Table
 
-from kvcli.analysis.names import decoding
+from kvcli.analysis.reading.names import decoding
 from kvcli.cli.output import count
 
 WIDEST = 120

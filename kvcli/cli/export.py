@@ -62,8 +62,8 @@ def command(
       kvcli export demo --format parquet --outputs
       kvcli export demo --format lm-eval --out shared/lm-eval
     """
-    from kvcli.analysis.export import FORMATS, TABLES, Wanted, export, hidden
-    from kvcli.analysis.load import find_run, load_run
+    from kvcli.analysis.exports.shared import FORMATS, TABLES, Wanted, export, hidden
+    from kvcli.analysis.reading.load import find_run, load_run
     from kvcli.cli import output
     from kvcli.cli.following import next_in
     from kvcli.errors import KvcliError, unknown

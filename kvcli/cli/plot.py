@@ -80,8 +80,8 @@ def command(
       kvcli plot runs/demo --kind all --theme dark
       kvcli plot demo --kind heatmap --ratio 0.1 --style paper --out paper/figures
     """
-    from kvcli.analysis import plots
     from kvcli.analysis.figures import bars, kinds
+    from kvcli.analysis.figures import files as plots
     from kvcli.analysis.figures import style as styles
     from kvcli.cli import output
     from kvcli.cli.following import next_in
@@ -141,9 +141,9 @@ def _of_run(
     run: str, chosen: list[Kind], filters: tuple[list[str], list[str], list[str]], out: Path | None,
     formats: list[str], look: Style,
 ) -> tuple[Path, list[Path]]:  # fmt: skip
+    from kvcli.analysis.figures.files import plot
     from kvcli.analysis.figures.views import filtered
-    from kvcli.analysis.load import find_run, load_run
-    from kvcli.analysis.plots import plot
+    from kvcli.analysis.reading.load import find_run, load_run
     from kvcli.cli import output
     from kvcli.cli.following import unfinished
     from kvcli.grammar import parse_methods, parse_ratios, split_tasks

@@ -52,7 +52,7 @@ def whole(name: str) -> dict[str, Any]:
     """One preset with its text and the paper's numbers that it repeats. Raises KvcliError for an unknown name."""
     from dataclasses import asdict
 
-    from kvcli.analysis import published
+    from kvcli.analysis.tables import published
 
     read(name)
     plain = name.replace("-", "_")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from kvcli.analysis.contents import Contents
+    from kvcli.analysis.reports.contents import Contents
 
 
 MOST_NAMED = 3
@@ -62,11 +62,11 @@ def command(
       kvcli report demo --against kvfundabench --margin 1
       kvcli report demo other --json --no-figures
     """
-    from kvcli.analysis.against import check
-    from kvcli.analysis.contents import contents
-    from kvcli.analysis.load import load_run
-    from kvcli.analysis.report import write_report
-    from kvcli.analysis.worst_flip import worst_flip
+    from kvcli.analysis.reading.load import load_run
+    from kvcli.analysis.reports.against import check
+    from kvcli.analysis.reports.contents import contents
+    from kvcli.analysis.reports.report import write_report
+    from kvcli.analysis.tables.worst_flip import worst_flip
     from kvcli.cli import output
     from kvcli.cli.following import unfinished
     from kvcli.cli.report_json import numbers
@@ -87,11 +87,11 @@ def command(
     pictures = [str(p) for p in drawn if p.suffix == ".png"]
     files = [write_report(loaded, path, made=made, pictures=[str(Path(p).relative_to(path.parent)) for p in pictures])]
     if latex:
-        from kvcli.analysis.latex import write_latex
+        from kvcli.analysis.reports.latex import write_latex
 
         files.append(write_latex(made, path.with_suffix(".tex")))
     if html:
-        from kvcli.analysis.page import write_page
+        from kvcli.analysis.reports.page import write_page
 
         files.append(write_page(made, path.with_suffix(".html"), figures=figures, harmful_texts=harmful_texts))
     if json:
@@ -109,7 +109,7 @@ def command(
 def _folder(name: str) -> Path:
     """The result folder; of what bench measured it says which command draws it."""
     from kvcli.analysis.figures import bars
-    from kvcli.analysis.load import find_run
+    from kvcli.analysis.reading.load import find_run
     from kvcli.errors import KvcliError
 
     try:
@@ -131,15 +131,15 @@ def _path(out: Path | None, folder: Path, others: list[str]) -> Path:
 
 
 def _drawn(made: Contents, path: Path) -> list[Path]:
-    from kvcli.analysis.plots import plot
-    from kvcli.analysis.report import figures_folder
+    from kvcli.analysis.figures.files import plot
+    from kvcli.analysis.reports.report import figures_folder
 
     return plot(made.run, figures_folder(path), ("png",), made.tables)
 
 
 def _print(made: Contents, files: list[Path]) -> None:
     """Verdicts, comparisons and tables for the terminal."""
-    from kvcli.analysis.verdict_text import verdict_section
+    from kvcli.analysis.reports.verdict_text import verdict_section
     from kvcli.cli import output
     from kvcli.cli.tables import SummaryView, VerdictView
 

@@ -6,10 +6,10 @@ import dataclasses
 import math
 from typing import Any
 
-from kvcli.analysis.contents import Contents
 from kvcli.analysis.marked import plain
-from kvcli.analysis.stats import Interval
-from kvcli.analysis.table import CellSummary, TaskTable
+from kvcli.analysis.reports.contents import Contents
+from kvcli.analysis.statistics.stats import Interval
+from kvcli.analysis.tables.table import CellSummary, TaskTable
 from kvcli.cli.tables import as_json
 
 

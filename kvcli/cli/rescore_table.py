@@ -48,7 +48,7 @@ def _layouts() -> list[Layout]:
 def _drawn(tallies: Sequence[Tally], layout: Layout) -> Table:
     from rich.text import Text
 
-    from kvcli.analysis.names import shown
+    from kvcli.analysis.reading.names import shown
 
     names = shown(tally.method for tally in tallies)
     lines: list[Line] = []

@@ -185,8 +185,8 @@ def _details(facts: Any) -> list[str]:
 
 
 def _finish(session: Any, outcome: Any, reason: str, json: bool) -> int:
-    from kvcli.analysis.load import load_run
-    from kvcli.analysis.tables import summarise
+    from kvcli.analysis.reading.load import load_run
+    from kvcli.analysis.tables.build import summarise
     from kvcli.cli import tables
     from kvcli.cli.following import next_in
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvcli.analysis import names
+from kvcli.analysis.reading import names
 from kvcli.cli import output
 from kvcli.cli.following import next_in
 from kvcli.cli.show_lists import show_samples, show_tasks

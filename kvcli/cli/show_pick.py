@@ -9,7 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from kvcli.analysis import names
+from kvcli.analysis.reading import names
 from kvcli.errors import KvcliError, unknown
 from kvcli.grammar import parse_methods, parse_ratios, ratio_text
 from kvcli.results import store

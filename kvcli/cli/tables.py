@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvcli.analysis import wording
-from kvcli.analysis.tables import CellSummary, Column, TaskTable
+from kvcli.analysis.tables import wording
+from kvcli.analysis.tables.table import CellSummary, Column, TaskTable
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from kvcli.analysis.judged import Judged
     from kvcli.analysis.marked import Section
+    from kvcli.analysis.tables.judged import Judged
 
 WIDEST = 120
 """Off a terminal; on one, tables take the room there is."""

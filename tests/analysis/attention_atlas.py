@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from kvcli.analysis.attention import SCHEMA, Atlas
-from kvcli.analysis.attention_curves import curve_panels
-from kvcli.analysis.attention_grids import Grid, measures, regions, regions_against_even
-from kvcli.analysis.attention_shots import shot_panels
+from kvcli.analysis.attention.curves import curve_panels
+from kvcli.analysis.attention.data import SCHEMA, Atlas
+from kvcli.analysis.attention.grids import Grid, measures, regions, regions_against_even
+from kvcli.analysis.attention.shots import shot_panels
 from tests.analysis.synthetic import GOLDEN
 
 SETS, KINDS = ("all", "question"), ("special", "system", "context", "shot", "question")

@@ -135,10 +135,10 @@ def _measurement(method: str, ratio: float, batch: int, slower: float) -> dict[s
 
 def data(root: Path) -> dict[str, str]:
     """Golden name -> the data of the figure as plots writes them."""
-    from kvcli.analysis import plots
     from kvcli.analysis.figures import bars
+    from kvcli.analysis.figures import files as plots
     from kvcli.analysis.figures.kinds import KINDS, chosen
-    from kvcli.analysis.load import load_run
+    from kvcli.analysis.reading.load import load_run
 
     found = {}
     for name, make, kinds in (

@@ -203,9 +203,11 @@ def regenerate() -> None:
     """Writes the golden files from `small`; tests/analysis/test_report.py and test_plots.py compare with them."""
     import tempfile
 
-    from kvcli.analysis import latex, plots, report, tables
-    from kvcli.analysis.contents import contents
-    from kvcli.analysis.load import load_run
+    from kvcli.analysis.figures import files as plots
+    from kvcli.analysis.reading.load import load_run
+    from kvcli.analysis.reports import latex, report
+    from kvcli.analysis.reports.contents import contents
+    from kvcli.analysis.tables import build as tables
 
     GOLDEN.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from kvcli.analysis.findings import Data
-from kvcli.analysis.load import load_run
-from kvcli.analysis.scores import SampleScores
-from kvcli.analysis.tables import summarise
+from kvcli.analysis.reading.load import load_run
+from kvcli.analysis.tables.build import summarise
+from kvcli.analysis.tables.scores import SampleScores
 from tests.analysis.synthetic import record, write
 
 Scores = Sequence[float]

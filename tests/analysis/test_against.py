@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from kvcli.analysis import published
-from kvcli.analysis.against import against_section, check
 from kvcli.analysis.marked import Bullets, Grid, Paragraph, plain
+from kvcli.analysis.reports.against import against_section, check
+from kvcli.analysis.tables import published
 from kvcli.errors import KvcliError
 from tests.analysis.tables_of import cell, data_of, right
 

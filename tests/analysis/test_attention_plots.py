@@ -17,15 +17,16 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.transforms import Bbox
 
-from kvcli.analysis import attention_page, attention_plots
-from kvcli.analysis.attention import Atlas, cell_label, load, write
-from kvcli.analysis.attention_curves import curve_panels
-from kvcli.analysis.attention_even import even_by_label, even_region, even_share, even_shots
-from kvcli.analysis.attention_grids import measures, regions, regions_against_even
-from kvcli.analysis.attention_page import page, page_data, script_json
-from kvcli.analysis.attention_plots import SCREEN, draw, figures
-from kvcli.analysis.attention_shots import shot_panels
-from kvcli.analysis.attention_tokens import visible
+from kvcli.analysis.attention import page as attention_page
+from kvcli.analysis.attention import plots as attention_plots
+from kvcli.analysis.attention.curves import curve_panels
+from kvcli.analysis.attention.data import Atlas, cell_label, load, write
+from kvcli.analysis.attention.even import even_by_label, even_region, even_share, even_shots
+from kvcli.analysis.attention.grids import measures, regions, regions_against_even
+from kvcli.analysis.attention.page import page, page_data, script_json
+from kvcli.analysis.attention.plots import SCREEN, draw, figures
+from kvcli.analysis.attention.shots import shot_panels
+from kvcli.analysis.attention.tokens import visible
 from kvcli.analysis.figures.style import style
 from kvcli.errors import KvcliError
 from tests.analysis.attention_atlas import GOLDEN_FILE, behind_the_figures, made
@@ -88,7 +89,7 @@ def test_every_figure_is_drawn_in_every_format(tmp_path: Path) -> None:
 
 
 def test_pyplot_is_not_used() -> None:
-    code = "import kvcli.analysis.attention_plots as p, sys; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import kvcli.analysis.attention.plots as p, sys; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert "import pyplot" not in Path(attention_plots.__file__).read_text(encoding="utf-8")
 

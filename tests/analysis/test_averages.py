@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from kvcli.analysis import averages, matched, retention, stats
-from kvcli.analysis.averages import Scores
+from kvcli.analysis.statistics import averages, retention, stats
+from kvcli.analysis.statistics.averages import Scores
+from kvcli.analysis.tables import matched
 
 
 def _task(seed: int, n: int = 200, right: float = 0.8, broken: float = 0.2, chance: float = 0.0) -> Scores:

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from kvcli.analysis.compare import compare_section
 from kvcli.analysis.findings import Data
 from kvcli.analysis.marked import Bullets, Grid, Paragraph, plain
+from kvcli.analysis.reports.compare import compare_section
 from tests.analysis.tables_of import cell, data_of, right, tasks
 
 SAME = {"model": "m", "revision": "1", "tokenizer": "own", "template": "auto"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvcli.analysis import power
-from kvcli.analysis.contents import Contents, contents, means_section
 from kvcli.analysis.marked import Grid, plain
+from kvcli.analysis.reports.contents import Contents, contents, means_section
+from kvcli.analysis.statistics import power
 from tests.analysis.tables_of import cell, data_of, right
 
 

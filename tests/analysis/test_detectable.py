@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvcli.analysis import detectable, power, stats
-from kvcli.analysis.family import Family
-from kvcli.analysis.judged import Judged
+from kvcli.analysis.statistics import power, stats
+from kvcli.analysis.statistics.family import Family
+from kvcli.analysis.tables import detectable
+from kvcli.analysis.tables.judged import Judged
 from tests.analysis.tables_of import cell, data_of, right
 
 

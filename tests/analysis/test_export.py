@@ -14,11 +14,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from kvcli.analysis import export_tables
-from kvcli.analysis.contents import contents
-from kvcli.analysis.export import Wanted, export, hidden, variants
-from kvcli.analysis.load import Run, load_run
-from kvcli.analysis.tables import summarise
+from kvcli.analysis.exports import tables as export_tables
+from kvcli.analysis.exports.shared import Wanted, export, hidden, variants
+from kvcli.analysis.reading.load import Run, load_run
+from kvcli.analysis.reports.contents import contents
+from kvcli.analysis.tables.build import summarise
 from kvcli.errors import KvcliError
 from tests.analysis.synthetic import METHODS, TASKS, Spec, build, meta, record, write
 from tests.analysis.tables_of import cell, data_of, right, tasks

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcli.analysis import family, stats, verdicts
-from kvcli.analysis.family import Family
+from kvcli.analysis.statistics import family, stats, verdicts
+from kvcli.analysis.statistics.family import Family
 
 
 def _cell(method: str, ratio: str | None = "0.5", **facts: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from kvcli.analysis import findings
 from kvcli.analysis.findings import Outcome
 from kvcli.analysis.findings.long_answers import is_long
 from kvcli.analysis.marked import plain
-from kvcli.analysis.roles import names_of
+from kvcli.analysis.reading.roles import names_of
 from tests.analysis.tables_of import cell, data_of, right, tasks
 
 N = 300

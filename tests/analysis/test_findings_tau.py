@@ -12,7 +12,7 @@ from scipy import stats
 
 from kvcli.analysis import findings
 from kvcli.analysis.findings.tau import tau
-from kvcli.analysis.stats import Floats
+from kvcli.analysis.statistics.stats import Floats
 from tests.analysis.tables_of import cell, data_of, right
 
 

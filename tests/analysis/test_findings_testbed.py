@@ -11,10 +11,10 @@ import pytest
 
 from kvcli.analysis import findings
 from kvcli.analysis.findings import Data, Outcome
-from kvcli.analysis.load import load_run
 from kvcli.analysis.marked import plain
-from kvcli.analysis.scores import SampleScores
-from kvcli.analysis.tables import summarise
+from kvcli.analysis.reading.load import load_run
+from kvcli.analysis.tables.build import summarise
+from kvcli.analysis.tables.scores import SampleScores
 from tests.conftest import Done
 
 PAGE = Path(__file__).parents[2] / "docs" / "findings.md"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kvcli.analysis import stats
-from kvcli.analysis.first_token import both_ways, first_token_section
 from kvcli.analysis.marked import Grid, Paragraph, plain
-from kvcli.analysis.verdicts import Kind
+from kvcli.analysis.reports.first_token import both_ways, first_token_section
+from kvcli.analysis.statistics import stats
+from kvcli.analysis.statistics.verdicts import Kind
 from tests.analysis.tables_of import cell, data_of, right
 
 N = 60

@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvcli.analysis import judged, matched, means, ranking, retention, stats, wording
-from kvcli.analysis.load import Run, load_run
-from kvcli.analysis.scores import SampleScores
-from kvcli.analysis.tables import CellSummary, TaskTable, summarise
-from kvcli.analysis.verdicts import Kind
+from kvcli.analysis.reading.load import Run, load_run
+from kvcli.analysis.reports import ranking
+from kvcli.analysis.statistics import retention, stats
+from kvcli.analysis.statistics.verdicts import Kind
+from kvcli.analysis.tables import judged, matched, means, wording
+from kvcli.analysis.tables.build import summarise
+from kvcli.analysis.tables.scores import SampleScores
+from kvcli.analysis.tables.table import CellSummary, TaskTable
 from tests.analysis.synthetic import TASKS, FakeMethod, Spec, build, small
 from tests.analysis.tables_of import cell as cell_of
 from tests.analysis.tables_of import data_of, right, tasks

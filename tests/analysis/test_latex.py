@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kvcli.analysis.contents import contents
-from kvcli.analysis.latex import escaped, latex
-from kvcli.analysis.load import load_run
+from kvcli.analysis.reading.load import load_run
+from kvcli.analysis.reports.contents import contents
+from kvcli.analysis.reports.latex import escaped, latex
 from tests.analysis.synthetic import GOLDEN, METHODS, RATIOS, TASKS, Spec, build, small
 from tests.analysis.tables_of import cell, folder_of, right, tasks
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvcli.analysis import line
-from kvcli.analysis.columns import Columns
-from kvcli.analysis.load import FIGURES, find_run, load_run
-from kvcli.analysis.texts import whole_records
+from kvcli.analysis.reading import line
+from kvcli.analysis.reading.columns import Columns
+from kvcli.analysis.reading.load import FIGURES, find_run, load_run
+from kvcli.analysis.reading.texts import whole_records
 from kvcli.errors import KvcliError
 from kvcli.results.schema import LATER
 from kvcli.results.store import read_records

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from kvcli.analysis import flips
-from kvcli.analysis import page as pages
-from kvcli.analysis.contents import contents
-from kvcli.analysis.flips import flips_of, read_records, shortened
-from kvcli.analysis.load import load_run
-from kvcli.analysis.page import page
+from kvcli.analysis.reading.load import load_run
+from kvcli.analysis.reports import flips
+from kvcli.analysis.reports import page as pages
+from kvcli.analysis.reports.contents import contents
+from kvcli.analysis.reports.flips import flips_of, read_records, shortened
+from kvcli.analysis.reports.page import page
 from tests.analysis.page_runs import EVIL, chunks_in, data_in, grid_run, with_texts
 from tests.analysis.tables_of import cell, data_of, folder_of, right, tasks
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcli.analysis.pass_at_k import figures, pass_at_k
+from kvcli.analysis.statistics.pass_at_k import figures, pass_at_k
 
 
 @pytest.mark.parametrize("n", range(1, 8))

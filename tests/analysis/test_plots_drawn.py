@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from kvcli.analysis.figures import sheets as marks_of
+from kvcli.analysis.figures.files import sheets
 from kvcli.analysis.figures.kinds import KINDS, chosen
 from kvcli.analysis.figures.lines import APART, apart, mark
 from kvcli.analysis.figures.style import MARKERS, Style, style
-from kvcli.analysis.load import load_run
-from kvcli.analysis.plots import sheets
+from kvcli.analysis.reading.load import load_run
 from tests.analysis import figure_runs
 
 KEPT = {"chunkkv": 0.0844, "h2o": 0.1011, "shotkv": 0.0856, "snapkv": 0.1011}

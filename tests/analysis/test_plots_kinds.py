@@ -11,16 +11,16 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from kvcli.analysis import stats
 from kvcli.analysis.figures import bars, heatmap
+from kvcli.analysis.figures.files import sheets
 from kvcli.analysis.figures.kinds import KINDS, chosen
 from kvcli.analysis.figures.style import style
 from kvcli.analysis.figures.values import mean_interval
 from kvcli.analysis.figures.views import filtered, subset
-from kvcli.analysis.judged import judge_tables
-from kvcli.analysis.load import load_run
-from kvcli.analysis.plots import sheets
-from kvcli.analysis.tables import summarise
+from kvcli.analysis.reading.load import load_run
+from kvcli.analysis.statistics import stats
+from kvcli.analysis.tables.build import summarise
+from kvcli.analysis.tables.judged import judge_tables
 from kvcli.cli.app import main
 from kvcli.errors import KvcliError
 from kvcli.grammar import parse_ratios

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from kvcli.analysis.figures.files import plot
 from kvcli.analysis.figures.kinds import chosen
 from kvcli.analysis.figures.layout import shortened, text_width, wrapped
 from kvcli.analysis.figures.style import COLOURS, LINES, MARKERS, THEMES, Look, looks, style
-from kvcli.analysis.load import load_run
-from kvcli.analysis.plots import plot
+from kvcli.analysis.reading.load import load_run
 from kvcli.errors import KvcliError
 from kvcli.evals.loader import suites
 from kvcli.methods import catalog

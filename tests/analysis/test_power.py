@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from kvcli.analysis import power, stats
-from kvcli.analysis.spread import Spread
+from kvcli.analysis.statistics import power, stats
+from kvcli.analysis.statistics.spread import Spread
 
 
 def _binary(n: int, better: int, worse: int) -> stats.Difference:

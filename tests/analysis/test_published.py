@@ -8,8 +8,8 @@ from math import ceil, floor
 
 import pytest
 
-from kvcli.analysis import published
-from kvcli.analysis.published import MEAN, Published, find, scores
+from kvcli.analysis.tables import published
+from kvcli.analysis.tables.published import MEAN, Published, find, scores
 from kvcli.evals.loader import task_names
 from kvcli.methods import catalog
 from kvcli.models.aliases import ALIASES

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from kvcli.analysis.marked import Grid, plain
-from kvcli.analysis.ranking import rank, ranking_section
+from kvcli.analysis.reports.ranking import rank, ranking_section
 from tests.analysis.tables_of import cell, data_of, right, tasks
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from kvcli.analysis import report
-from kvcli.analysis.load import load_run
-from kvcli.analysis.report import markdown, write_report
-from kvcli.analysis.tables import summarise
-from kvcli.analysis.verdicts import Kind
+from kvcli.analysis.reading.load import load_run
+from kvcli.analysis.reports import report
+from kvcli.analysis.reports.report import markdown, write_report
+from kvcli.analysis.statistics.verdicts import Kind
+from kvcli.analysis.tables.build import summarise
 from tests.analysis.synthetic import (
     GOLDEN,
     METHODS,
@@ -429,7 +429,7 @@ def test_pictures_stand_before_the_tables_as_the_docs_say(tmp_path: Path) -> Non
     run = load_run(small(tmp_path / "run"))
     text = markdown(run, summarise(run), ["figures/score.png"])
     assert text.index("## Figures") < text.index("## Tables") < text.index("## How it was measured")
-    page = (Path(report.__file__).parents[1] / "templates" / "report.html.j2").read_text()
+    page = (Path(report.__file__).parents[2] / "templates" / "report.html.j2").read_text()
     assert page.index('<section id="tables">') < page.index('<section id="figures">')
-    docs = Path(report.__file__).parents[2] / "docs" / "report.md"
+    docs = Path(report.__file__).parents[3] / "docs" / "report.md"
     assert "9. **Tables** and figures (in Markdown the figures come first)" in docs.read_text()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from kvcli.analysis import retention, stats
-from kvcli.analysis.retention import ratio_ends
+from kvcli.analysis.statistics import retention, stats
+from kvcli.analysis.statistics.retention import ratio_ends
 
 
 def _fieller(first: np.ndarray, second: np.ndarray, level: float = 0.95) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from kvcli.analysis import spread, stats
+from kvcli.analysis.statistics import spread, stats
 
 Z = 1.959963984540054
 
@@ -286,7 +286,7 @@ def test_one_definition_of_established() -> None:
     """Of one comparison alone: docs quote the text. What outputs call established considers all comparisons."""
     from pathlib import Path
 
-    from kvcli.analysis import wording
+    from kvcli.analysis.tables import wording
 
     docs = Path(__file__).resolve().parents[2] / "docs" / "statistics.md"
     assert stats.ESTABLISHED in " ".join(docs.read_text(encoding="utf-8").split())

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvcli.analysis import names, stats, wording
-from kvcli.analysis.doubts import unlike_reference
-from kvcli.analysis.load import Run, load_run
-from kvcli.analysis.table import CellSummary, TaskTable
-from kvcli.analysis.tables import summarise
-from kvcli.analysis.worst_flip import worst_flip
+from kvcli.analysis.reading import names
+from kvcli.analysis.reading.load import Run, load_run
+from kvcli.analysis.statistics import stats
+from kvcli.analysis.tables import wording
+from kvcli.analysis.tables.build import summarise
+from kvcli.analysis.tables.doubts import unlike_reference
+from kvcli.analysis.tables.table import CellSummary, TaskTable
+from kvcli.analysis.tables.worst_flip import worst_flip
 from kvcli.cli.tables import as_json
 from tests.analysis.synthetic import (
     GOLDEN,
@@ -423,7 +425,7 @@ def test_worst_flip_is_none_without_a_loss(tmp_path: Path) -> None:
 
 
 def test_equal_counts_share_one_score_interval() -> None:
-    from kvcli.analysis.proportions import wilson
+    from kvcli.analysis.statistics.proportions import wilson
 
     assert wilson(3, 10) is wilson(3, 10)
     assert wilson(3, 10) != wilson(3, 10, 0.99)

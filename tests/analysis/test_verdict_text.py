@@ -3,10 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvcli.analysis import stats
-from kvcli.analysis.judged import judge_tables
 from kvcli.analysis.marked import Bullets, Paragraph, plain
-from kvcli.analysis.verdict_text import verdict_section
+from kvcli.analysis.reports.verdict_text import verdict_section
+from kvcli.analysis.statistics import stats
+from kvcli.analysis.tables.judged import judge_tables
 from tests.analysis.tables_of import cell, data_of, right, tasks
 
 

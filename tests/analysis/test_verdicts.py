@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from kvcli.analysis import stats, verdicts
-from kvcli.analysis.family import Family
-from kvcli.analysis.stats import Difference, Interval
-from kvcli.analysis.verdicts import Kind, judge, judge_all
+from kvcli.analysis.statistics import stats, verdicts
+from kvcli.analysis.statistics.family import Family
+from kvcli.analysis.statistics.stats import Difference, Interval
+from kvcli.analysis.statistics.verdicts import Kind, judge, judge_all
 
 
 def _with(low: float, high: float, p: float | None = 0.001) -> Difference:

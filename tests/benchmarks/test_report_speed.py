@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from kvcli.analysis.load import load_run
+from kvcli.analysis.reading.load import load_run
 from kvcli.results.schema import check_record
 
 

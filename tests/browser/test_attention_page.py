@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from kvcli.analysis.attention import Atlas
-from kvcli.analysis.attention_page import page
+from kvcli.analysis.attention.data import Atlas
+from kvcli.analysis.attention.page import page
 from tests.analysis.attention_atlas import made
 
 pytestmark = pytest.mark.browser
@@ -248,7 +248,7 @@ def test_tokens_can_be_read_whatever_they_receive_and_whether_they_are_kept(
 
 
 def test_colours_of_thrown_attention_are_those_of_the_figures(opened: Open, html: Path) -> None:
-    from kvcli.analysis.attention_sheet import THROWN
+    from kvcli.analysis.attention.sheet import THROWN
 
     p = opened(html, color_scheme="light").page
     p.select_option("#method", "0")
@@ -267,7 +267,7 @@ def test_colours_of_thrown_attention_are_those_of_the_figures(opened: Open, html
 
 
 def test_the_page_has_curves_axes_and_shots(opened: Open, html: Path, atlas: Atlas) -> None:
-    from kvcli.analysis.attention_curves import curve_panels
+    from kvcli.analysis.attention.curves import curve_panels
 
     p = opened(html).page
     assert p.locator("#curves svg").count() == 3 and p.locator("#curves polyline").count() == 3 * (1 + 2)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from kvcli.analysis.contents import contents
-from kvcli.analysis.load import load_run
-from kvcli.analysis.page import write_page
+from kvcli.analysis.reading.load import load_run
+from kvcli.analysis.reports.contents import contents
+from kvcli.analysis.reports.page import write_page
 from tests.analysis.page_runs import EVIL, grid_run, with_texts
 
 pytestmark = pytest.mark.browser

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvcli.analysis.attention import load
+from kvcli.analysis.attention.data import load
 from kvcli.models.source import TESTBED_FOLDER
 
 TINY = f"random:{TESTBED_FOLDER}:layers=2,hidden=32,heads=2,kv_heads=1"

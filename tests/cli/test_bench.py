@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvcli.analysis.bench import tables
+from kvcli.analysis.tables.bench import tables
 from kvcli.cli import output
 from kvcli.cli.bench_tables import BenchView
 from kvcli.engine.bench_run import FIELDS

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from kvcli.analysis.load import load_run
-from kvcli.analysis.tables import summarise
+from kvcli.analysis.reading.load import load_run
+from kvcli.analysis.tables.build import summarise
 from kvcli.engine.asking import Asker
 from kvcli.models.wrapper import Model
 from tests.cli import sweeping

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from kvcli.analysis.load import load_run
-from kvcli.analysis.tables import summarise
+from kvcli.analysis.reading.load import load_run
+from kvcli.analysis.tables.build import summarise
 from kvcli.engine.records import SAVED_DIGITS
 from tests.cli.sweeping import call, comparable, one_error, records, typed
 

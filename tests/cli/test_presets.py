@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcli.analysis import published
+from kvcli.analysis.tables import published
 from kvcli.cli import presets
 from kvcli.config import SweepConfig
 from kvcli.errors import KvcliError

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvcli.analysis.load import load_run
-from kvcli.analysis.tables import summarise
+from kvcli.analysis.reading.load import load_run
+from kvcli.analysis.tables.build import summarise
 from tests.analysis.synthetic import TASKS, FakeMethod, Spec, build, terminal
 
 METHODS = (FakeMethod("streaming_llm:sinks=4,rerotate=true", 1.0), FakeMethod("pyramidinfer", 0.5, floor=0.4))

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from kvcli.analysis.load import load_run
-from kvcli.analysis.tables import summarise
+from kvcli.analysis.reading.load import load_run
+from kvcli.analysis.tables.build import summarise
 from kvcli.models import loader
 from kvcli.models.source import TESTBED_FOLDER, parse_model
 from kvcli.testbed import vocabulary as V

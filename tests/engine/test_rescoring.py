@@ -132,7 +132,7 @@ def test_all_else_of_a_record_stays(place: Path) -> None:
 
 
 def test_the_report_reads_the_new_scores(place: Path) -> None:
-    from kvcli.analysis.load import load_run
+    from kvcli.analysis.reading.load import load_run
 
     (place / "own.py").write_text(SCORER.format(value=0.75, found="None"))
     again(place)

@@ -252,8 +252,8 @@ def test_a_row_that_starts_in_the_cache_uses_the_noise_of_step_zero_first(model:
 
 def test_the_tables_average_draws_within_a_sample(tmp_path: Any) -> None:
     """Two samples with three draws each are two samples, not six."""
-    from kvcli.analysis.load import load_run
-    from kvcli.analysis.tables import summarise
+    from kvcli.analysis.reading.load import load_run
+    from kvcli.analysis.tables.build import summarise
     from tests.analysis.synthetic import record, write
 
     facts = {"task": "t", "first_token": "compressed", "shots": 8, "metric": "exact", "extracted": "x", "seed": 0}

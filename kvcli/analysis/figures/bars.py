@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcli.analysis import bench
 from kvcli.analysis.figures import layout
 from kvcli.analysis.figures.layout import Plan, plain, shortened, text_width
 from kvcli.analysis.figures.lines import heading
 from kvcli.analysis.figures.style import Style, looks
 from kvcli.analysis.figures.views import in_file_names
+from kvcli.analysis.tables import bench
 from kvcli.errors import KvcliError
 from kvcli.results.store import read_lines
 

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvcli.analysis import means, stats
 from kvcli.analysis.figures import layout, nested
 from kvcli.analysis.figures.layout import Entry, Plan, plain, shortened
 from kvcli.analysis.figures.lines import heading
 from kvcli.analysis.figures.sheets import PANELS_PER_PAGE
 from kvcli.analysis.figures.style import Style, looks
 from kvcli.analysis.figures.views import View, counted
-from kvcli.analysis.stats import Difference
-from kvcli.analysis.tables import CellSummary, TaskTable
+from kvcli.analysis.statistics import stats
+from kvcli.analysis.statistics.stats import Difference
+from kvcli.analysis.tables import means
+from kvcli.analysis.tables.table import CellSummary, TaskTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from typing import TYPE_CHECKING
 
-from kvcli.analysis import wording
 from kvcli.analysis.figures import layout
 from kvcli.analysis.figures.layout import Plan, plain, shortened, text_width
 from kvcli.analysis.figures.sheets import FALLBACK, NOOP, OVER, SIMULATED, marks
 from kvcli.analysis.figures.style import Style
 from kvcli.analysis.figures.values import difference_of
 from kvcli.analysis.figures.views import View, counted
-from kvcli.analysis.tables import Column, TaskTable
-from kvcli.analysis.verdicts import Kind
+from kvcli.analysis.statistics.verdicts import Kind
+from kvcli.analysis.tables import wording
+from kvcli.analysis.tables.table import Column, TaskTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

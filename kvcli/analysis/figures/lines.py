@@ -9,7 +9,7 @@ from kvcli.analysis.figures import layout, nested
 from kvcli.analysis.figures.layout import Entry, Plan, plain, shortened, text_width
 from kvcli.analysis.figures.sheets import FALLBACK, MARKS, NOOP, OVER, SIMULATED, Panel, Point, Series, Sheet
 from kvcli.analysis.figures.style import LINES, MARKERS, Style, looks
-from kvcli.analysis.tables import FULL
+from kvcli.analysis.tables.table import FULL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcli.analysis.load import Run
+from kvcli.analysis.reading.load import Run
 
 Floats = NDArray[np.float64]
 

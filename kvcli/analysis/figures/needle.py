@@ -14,7 +14,7 @@ from kvcli.analysis.figures.lines import heading
 from kvcli.analysis.figures.sheets import marks
 from kvcli.analysis.figures.style import Style
 from kvcli.analysis.figures.views import View, counted
-from kvcli.analysis.tables import FULL, CellSummary, TaskTable
+from kvcli.analysis.tables.table import FULL, CellSummary, TaskTable
 from kvcli.grammar import task_base
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from kvcli.analysis.figures.lines import heading, mark, mark_entries
 from kvcli.analysis.figures.sheets import MOST_LINES, PANELS_PER_PAGE, marks
 from kvcli.analysis.figures.style import Style, looks
 from kvcli.analysis.figures.views import View
-from kvcli.analysis.tables import CellSummary, TaskTable
+from kvcli.analysis.tables.table import CellSummary, TaskTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from kvcli.analysis.figures.views import View, counted
-from kvcli.analysis.tables import OWN, CellSummary, TaskTable
+from kvcli.analysis.tables.table import OWN, CellSummary, TaskTable
 
 T = TypeVar("T")
 X_LABEL = "measured ratio (bytes kept / 16-bit full)"

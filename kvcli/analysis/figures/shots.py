@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from kvcli.analysis import averages, stats
 from kvcli.analysis.figures.sheets import X_LABEL, Panel, Point, Series, Sheet, Value, pages, placed, point
 from kvcli.analysis.figures.values import difference_of
 from kvcli.analysis.figures.views import View, counted
-from kvcli.analysis.tables import FULL, CellSummary, TaskTable
+from kvcli.analysis.statistics import averages, stats
+from kvcli.analysis.tables.table import FULL, CellSummary, TaskTable
 
 Get = Callable[[CellSummary], Value | None]
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvcli.analysis import retention, spread
 from kvcli.analysis.figures.sheets import Sheet, Value, sheets_of
 from kvcli.analysis.figures.views import View
-from kvcli.analysis.stats import LEVEL, Codes, Floats, Interval
-from kvcli.analysis.tables import CellSummary, TaskTable
+from kvcli.analysis.statistics import retention, spread
+from kvcli.analysis.statistics.stats import LEVEL, Codes, Floats, Interval
+from kvcli.analysis.tables.table import CellSummary, TaskTable
 
 
 def difference(view: View) -> list[Sheet]:

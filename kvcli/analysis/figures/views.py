@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from kvcli.analysis import names
 from kvcli.analysis.figures.measured import Measured
-from kvcli.analysis.judged import Judged, judge_tables
-from kvcli.analysis.load import Cell, Run
-from kvcli.analysis.scores import SampleScores
-from kvcli.analysis.tables import DENSE, FULL, CellSummary, TaskTable, summarise
+from kvcli.analysis.reading import names
+from kvcli.analysis.reading.load import Cell, Run
+from kvcli.analysis.tables.build import summarise
+from kvcli.analysis.tables.judged import Judged, judge_tables
+from kvcli.analysis.tables.scores import SampleScores
+from kvcli.analysis.tables.table import DENSE, FULL, CellSummary, TaskTable
 from kvcli.errors import KvcliError
 from kvcli.grammar import ratio_text, task_base
 

@@ -17,7 +17,7 @@ from kvcli.analysis.findings.models import model_type
 from kvcli.analysis.findings.outcome import FEWEST_TASKS, LARGE, LEVEL, MANY_SHOTS, STEEP, Finding, Outcome
 from kvcli.analysis.findings.shots import short_prompts
 from kvcli.analysis.findings.tasks import task_dependent
-from kvcli.analysis.tables import TaskTable
+from kvcli.analysis.tables.table import TaskTable
 
 __all__ = [
     "FEWEST_TASKS", "LARGE", "LEVEL", "MANY_SHOTS", "STEEP", "Data", "Finding", "Outcome", "chunks_on_many_shots",

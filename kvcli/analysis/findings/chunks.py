@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvcli.analysis.findings.data import Data, named
 from kvcli.analysis.findings.outcome import LEVEL, MANY_SHOTS, Finding
 from kvcli.analysis.findings.same_bytes import kind_against_tokens
-from kvcli.analysis.tables import TaskTable
+from kvcli.analysis.tables.table import TaskTable
 
 TITLE = "Chunks do better with many shots"
 

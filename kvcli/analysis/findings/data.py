@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvcli.analysis import names, stats
 from kvcli.analysis.findings.outcome import DEEP, listed
-from kvcli.analysis.load import Run
-from kvcli.analysis.roles import names_of
-from kvcli.analysis.scores import SampleScores
-from kvcli.analysis.tables import DENSE, CellSummary, TaskTable, unlike_reference
+from kvcli.analysis.reading import names
+from kvcli.analysis.reading.load import Run
+from kvcli.analysis.reading.roles import names_of
+from kvcli.analysis.statistics import stats
+from kvcli.analysis.tables.doubts import unlike_reference
+from kvcli.analysis.tables.scores import SampleScores
+from kvcli.analysis.tables.table import DENSE, CellSummary, TaskTable
 
 
 @dataclass(frozen=True)

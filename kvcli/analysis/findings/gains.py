@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvcli.analysis import wording
 from kvcli.analysis.findings.data import Data, by_task, deep_columns
 from kvcli.analysis.findings.outcome import FEWEST_TASKS, LEVEL, Finding, Outcome, untested
 from kvcli.analysis.findings.part import Part, part_of, smallest_common
 from kvcli.analysis.findings.tau import tau
 from kvcli.analysis.marked import code
-from kvcli.analysis.tables import TaskTable
+from kvcli.analysis.tables import wording
+from kvcli.analysis.tables.table import TaskTable
 
 TITLE = "What gains most from the prompt loses most"
 NEEDS = f"{FEWEST_TASKS} tasks, each with 0 shots and with more, at a ratio of 0.3 or less: --shots 0,8"

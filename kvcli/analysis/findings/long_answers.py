@@ -10,8 +10,8 @@ from kvcli.analysis.findings.outcome import LEVEL, STEEP, Finding, Outcome, list
 from kvcli.analysis.findings.part import Part, part_of, smallest_common
 from kvcli.analysis.findings.same_bytes import kind_against_tokens
 from kvcli.analysis.marked import code
-from kvcli.analysis.roles import names_of
-from kvcli.analysis.tables import TaskTable
+from kvcli.analysis.reading.roles import names_of
+from kvcli.analysis.tables.table import TaskTable
 
 TITLE = "Long answers are sensitive, and whole shots help"
 

@@ -9,7 +9,7 @@ from kvcli.analysis.findings.data import Data, deep_columns, most_shots
 from kvcli.analysis.findings.outcome import LEVEL, Finding, percent, shared, untested, verdict_of
 from kvcli.analysis.findings.part import Part, kept_apart, part_of, smallest_common
 from kvcli.analysis.marked import code
-from kvcli.analysis.tables import TaskTable
+from kvcli.analysis.tables.table import TaskTable
 
 TITLE = "Loss depends on how the model was trained"
 ASKED = "it takes runs of two models with the same task, shots, methods and ratio: kvcli report RUN OTHER-RUN"

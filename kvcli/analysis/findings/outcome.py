@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from kvcli.analysis import stats
 from kvcli.analysis.marked import code
-from kvcli.analysis.retention import Relative
-from kvcli.analysis.stats import Interval
+from kvcli.analysis.statistics import stats
+from kvcli.analysis.statistics.retention import Relative
+from kvcli.analysis.statistics.stats import Interval
 
 LEVEL = 1 - stats.ALPHA / 6
 """Six findings share the 5 % risk of one false statement."""

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcli.analysis import averages, retention, stats
 from kvcli.analysis.findings.data import Data, cells_at, deep_columns
-from kvcli.analysis.retention import Relative
-from kvcli.analysis.stats import Codes, Difference, Floats, Interval
-from kvcli.analysis.tables import TaskTable
+from kvcli.analysis.statistics import averages, retention, stats
+from kvcli.analysis.statistics.retention import Relative
+from kvcli.analysis.statistics.stats import Codes, Difference, Floats, Interval
+from kvcli.analysis.tables.table import TaskTable
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvcli.analysis import averages, matched, power, stats, wording
 from kvcli.analysis.findings.data import Data, most_shots, named, of_kind
 from kvcli.analysis.findings.outcome import DEEP, Finding, Outcome, listed, points, shared, untested, verdict_of
 from kvcli.analysis.marked import code
-from kvcli.analysis.stats import Difference
-from kvcli.analysis.tables import CellSummary, TaskTable
+from kvcli.analysis.statistics import averages, power, stats
+from kvcli.analysis.statistics.stats import Difference
+from kvcli.analysis.tables import matched, wording
+from kvcli.analysis.tables.table import CellSummary, TaskTable
 
 _TOO_MANY = 10**7
 """So many samples are no advice."""

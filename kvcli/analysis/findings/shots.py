@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from kvcli.analysis import wording
 from kvcli.analysis.findings.data import Data, by_task, deep_columns
 from kvcli.analysis.findings.outcome import LEVEL, Finding, mean_over, percent, shared, untested, verdict_of
 from kvcli.analysis.findings.part import Part, kept_apart, part_of, smallest_common
 from kvcli.analysis.marked import code
-from kvcli.analysis.tables import TaskTable
+from kvcli.analysis.tables import wording
+from kvcli.analysis.tables.table import TaskTable
 
 TITLE = "Fewer shots, larger loss"
 ASKED = (

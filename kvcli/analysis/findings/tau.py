@@ -8,7 +8,7 @@ from math import sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcli.analysis.stats import SEED, Floats
+from kvcli.analysis.statistics.stats import SEED, Floats
 
 ALL_ORDERS = 8
 """Up to so many pairs every order is looked at: 40,320."""
