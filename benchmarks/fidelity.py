@@ -28,6 +28,7 @@ LENGTHS = (320, 704, 1280)
 REMOVED = (0.5, 0.75)
 WINDOW = 64
 SNAP = f"window={WINDOW},kernel=5,pool=avg"
+NEWEST = "the newest token always stays here"
 BASE = "base=snapkv," + ",".join(f"base.{pair}" for pair in SNAP.split(","))
 
 
@@ -53,9 +54,9 @@ CASES = (
     Case("SnapKV", f"snapkv:{SNAP}", 0.9999),
     Case("StreamingLLM", "streaming_llm", 1.0),
     Case("TOVA", "tova", 0.9999),
-    Case("Knorm", "knorm:skip_layers=none", 0.99, "newest token", newest=True),
-    Case("KeyDiff", "keydiff", 0.99, "newest token", newest=True),
-    Case("KeyDiff, blocks of 16", "keydiff:block=16", 0.99, "newest token", newest=True),
+    Case("Knorm", "knorm:skip_layers=none", 0.99, NEWEST, newest=True),
+    Case("KeyDiff", "keydiff", 0.99, NEWEST, newest=True),
+    Case("KeyDiff, blocks of 16", "keydiff:block=16", 0.99, NEWEST, newest=True),
     Case(
         "KeyDiff, blocks of 100", "keydiff:block=100", 0.6,
         "blocks begin at the first token here, at the first one over budget there; alike for budgets of whole blocks",
@@ -65,7 +66,7 @@ CASES = (
         "where the budget does not divide, the first partitions keep one more here, any there; below the floor (cells "
         "not compared) the method says unreachable here, and part of what must stay is cut there",
     ),
-    Case("ExpectedAttention", "expected_attention", 0.99, "newest token", newest=True),
+    Case("ExpectedAttention", "expected_attention", 0.99, NEWEST, newest=True),
     Case(
         "AdaKV", f"adakv:{BASE},rule=safeguard", 0.9,
         "a head's safe fifth lies outside the window here, the window counts in it there: seen where a head has little",

@@ -95,8 +95,9 @@ def kvcli_sweep(
 ) -> tuple[Sink, float]:
     """One sweep over a grid; the time includes everything after the model is in memory."""
     from kvcli.config import SweepConfig
+    from kvcli.engine.cells import PromptKey, make_cells
     from kvcli.engine.estimate import Sizes, rows_that_fit
-    from kvcli.engine.plan import MAX_DECODE_ROWS, Generation, PromptKey, make_cells, make_plan
+    from kvcli.engine.plan import MAX_DECODE_ROWS, Generation, make_plan
     from kvcli.engine.prompts import PromptSet
     from kvcli.engine.runner import Options, Runner
     from kvcli.engine.session import DEFAULT_MEMORY

@@ -22,6 +22,7 @@ import typer
 from typer.main import get_command
 
 from kvcli.cli.app import COMMANDS
+from kvcli.cli.method_lists import scope
 from kvcli.config import GRID, SweepConfig
 from kvcli.engine import bench_run
 from kvcli.engine.session import full_identity
@@ -134,7 +135,7 @@ def methods() -> str:
     """All methods shipped: where they act, what the budget binds, what they read."""
     lines = ["| method | tier | answers (`--decode-ratio`) | budget per | reads | source |", "| --- " * 6 + "|"]
     for card in catalog.cards():
-        cells = [f"`{card['name']}`", str(card["tier"]), ANSWERS[card["decoding"]], SCOPES[card["budget_scope"]]]
+        cells = [f"`{card['name']}`", str(card["tier"]), ANSWERS[card["decoding"]], scope(card, SCOPES)]
         lines.append(f"| {' | '.join([*cells, SHARING[card['sharing']], card['paper'] or '-'])} |")
     return "\n".join(lines) + "\n"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,12 +11,12 @@ import typer
 
 from kvcli.cli import options as o
 from kvcli.cli import output
+from kvcli.cli.attn_map_given import check_out, given_texts, say_next
 from kvcli.errors import KvcliError
 
 if TYPE_CHECKING:
     from kvcli.analysis.attention.data import Atlas
     from kvcli.analysis.figures.style import Style
-    from kvcli.config import SweepConfig
     from kvcli.engine.map_request import Asked
 
 _PICTURE = "Pictures"
@@ -116,7 +115,7 @@ def command(
     }  # fmt: skip
     picked = {"layer": layer, "head": head, "blocks": blocks, "samples": tuple(sample or ())}
     drawing = Drawing(queries, html, formats or ("pdf" if style == "paper" else "png,pdf"), style, theme)
-    perform(typed, picked, _texts(text or [], file or [], task, sample), drawing, out, json)
+    perform(typed, picked, given_texts(text or [], file or [], task, sample), drawing, out, json)
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def perform(
     """Checks, maps, draws, says what was written. Raises KvcliError for everything the user can mend."""
     from kvcli.cli.running import quiet_libraries
     from kvcli.config import stable_hash
-    from kvcli.engine.prepare import one_of, positive
+    from kvcli.engine.checking import one_of, positive
     from kvcli.models.source import parse_model
 
     config = _config(typed)
@@ -152,7 +151,7 @@ def perform(
     look = style(drawing.style, drawing.theme)
     asked = [config.to_dict(), picked, texts]
     folder = out or Path("attn-maps") / f"{source.short}-{stable_hash(asked, 8)}"
-    _check_out(folder)
+    check_out(folder)
     quiet_libraries()
     if config.threads:
         os.environ["OMP_NUM_THREADS"] = str(config.threads)  # torch reads it once, when it is imported
@@ -167,7 +166,7 @@ def perform(
         output.json_result({"folder": str(folder), **{kind: list(map(str, paths)) for kind, paths in files.items()}})
     else:
         output.result("\n".join(str(path) for paths in files.values() for path in paths))
-    _next(found, request)
+    say_next(found, request)
 
 
 def _config(typed: dict[str, Any]) -> Any:
@@ -180,37 +179,6 @@ def _config(typed: dict[str, Any]) -> Any:
     limit = config.limit if config.limit is not None else DEFAULT_LIMIT
     # methods that evict the last prompt token as well can be asked too: nothing is generated here
     return dataclasses.replace(config, methods=methods, ratios=ratios, limit=limit, first_token=("prefill",))
-
-
-def _texts(
-    texts: list[str], files: list[Path], task: list[str] | None, sample: list[str] | None
-) -> tuple[tuple[str, str], ...]:
-    """(name, text) of the prompts given as they are. Raises KvcliError for a file that cannot be read."""
-    if (texts or files) and (task or sample):
-        other = "--task" if task else "--sample"
-        given = f"{'--text' if texts else '--file'} and {other}"
-        raise KvcliError("a prompt is a task's sample or a text, not both", given=given, fix="leave one of them out")
-    found = [(f"text {i}" if len(texts) > 1 else "text", text) for i, text in enumerate(texts, 1)]
-    for path in files:
-        try:
-            found.append((path.name, path.expanduser().read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError) as e:
-            why = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
-            raise KvcliError(f"cannot read {path}: {why}", given=f"--file {path}", fix="check the path") from e
-    for name, text in found:
-        if not text.strip():
-            raise KvcliError(f"{name} is empty", given=name, fix='--text "some words"')
-    return tuple(found)
-
-
-def _check_out(folder: Path) -> None:
-    """Before anything is computed; the folder is made when there is something to write. Raises KvcliError."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        what = f"{folder} is a file" if there == folder else f"cannot write {folder}: {there} is a file"
-        raise KvcliError(what, given=f"--out {folder}", fix="--out with a folder")
-    if not os.access(there, os.W_OK):
-        raise KvcliError(f"cannot write {folder}: no permission", given=f"--out {folder}", fix="another --out")
 
 
 def _mapped(request: Asked) -> Atlas:
@@ -260,34 +228,3 @@ def _files(found: Atlas, folder: Path, formats: list[str], drawing: Drawing, loo
         files["pages"].append(folder / f"{NAME}.html")
         files["pages"][0].write_text(page(found), encoding="utf-8")
     return files
-
-
-def _next(found: Atlas, request: Asked) -> None:
-    """A sweep of the same methods and tasks says what the loss of attention costs."""
-    import shlex
-
-    config = request.config
-    if request.texts:
-        return
-    tasks = ",".join(dict.fromkeys(g["task"] for g in found.groups))
-    methods = ",".join(dict.fromkeys(e["method"] for p in found.prompts for e in p["kept"])) or "tier1"
-    words = ["kvcli", "sweep", "--model", config.model, "--task", tasks, "--method", methods]
-    for option, value in _settings(config):
-        words += [option, value]
-    words += ["--strict-window"] * config.strict_window
-    output.next_command(shlex.join(words))
-
-
-def _settings(config: SweepConfig) -> Iterator[tuple[str, str]]:
-    """The options that decide prompts and cells, where they are not those of a sweep without them."""
-    usual = type(config)()
-    for name in ("ratios", "budgets", "query", "seeds", "shots", "shot_seeds", "shot_orders"):
-        values = getattr(config, name, ())
-        if values and values != getattr(usual, name, None):
-            option = {"ratios": "ratio", "budgets": "budget", "seeds": "seed", "shot_seeds": "shot-seed",
-                      "shot_orders": "shot-order"}.get(name, name)  # fmt: skip
-            yield f"--{option}", ",".join(map(str, values))
-    for name in ("tokenizer", "template", "system", "max_prompt_tokens", "truncate", "data_dir"):
-        value = getattr(config, name, None)
-        if value is not None and value != getattr(usual, name, None):
-            yield f"--{name.replace('_', '-')}", str(value)

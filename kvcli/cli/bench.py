@@ -88,7 +88,7 @@ def command(
     given = {
         "methods": method, "ratios": ratio, "strict_window": strict_window, "model": model, "dtype": dtype,
         "device": device, "attn": attn, "trust_remote_code": trust_remote_code, "threads": threads, "out": out,
-        "decode_ratios": o.words(decode_ratio), "decode_budgets": o.integers("--decode-budget", decode_budget),
+        "decode_ratios": o.words(decode_ratio), "decode_budgets": o.integers("--decode-budget", decode_budget, 1),
         "decode_interval": decode_interval, "cap": cap,
     }  # fmt: skip
     from kvcli.engine.bench import Sizes

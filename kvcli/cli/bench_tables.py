@@ -126,6 +126,8 @@ def _bytes(table: Table, drop: Collection[str]) -> RichTable:
 
     Where a method chooses what to read, what a new token reads; where generated tokens leave too, what is held at last.
     """
+    from kvcli.analysis.tables.wording import percent
+
     largest = table.batch_asked == "max"  # there, batches are compared: peaks are all near the limit
     more = [name for name in ("end", "read") if _matters(table, name)]
     peaks = [(head, name) for head, name in ((PEAK_PREFILL, "prefill"), ("peak\ndecode", "decode")) if head not in drop]
@@ -137,7 +139,7 @@ def _bytes(table: Table, drop: Collection[str]) -> RichTable:
         tops = [mib(line.memory[name]) if line.memory else "-" for _, name in peaks]
         share = (line.against or {}).get("batch" if largest else "memory_decode")
         last = "-" if share is None or line.method == "full" else f"{share:.2f}x"
-        cells = [mib(line.kv_bytes["kept"] or 0), f"{line.share:.1%}", *("-" if s is None else mib(s) for s in sizes)]
+        cells = [mib(line.kv_bytes["kept"] or 0), percent(line.share), *("-" if s is None else mib(s) for s in sizes)]
         _add(grid, table, line, [*cells, mib(line.alloc_bytes), *tops, last])
     return grid
 

@@ -14,7 +14,7 @@ from kvcli.errors import KvcliError
 
 Row = dict[str, Any]
 NEEDED = {"always keeps": 110, "paper": 80, "kind": 68}
-"""Narrower screens show methods without these columns: `--json` and docs/methods have them."""
+"""Narrower screens show methods without these columns: `list methods NAME` has them."""
 WRAPPED = ("settings (defaults)", "always keeps")
 """Columns that go on in the next line, between words."""
 
@@ -25,7 +25,7 @@ def command(
         typer.Argument(help="methods, tasks, models, presets or runs; without it: how many.", show_default=False),
     ] = None,
     name: Annotated[
-        str | None, typer.Argument(help="One task or preset, to see all of it.", show_default=False)
+        str | None, typer.Argument(help="One method, task or preset, to see all of it.", show_default=False)
     ] = None,
     folder: Annotated[Path, typer.Option("--folder", help="Where `list runs` looks.")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -34,6 +34,7 @@ def command(
 
     Examples:
       kvcli list methods
+      kvcli list methods snapkv
       kvcli list tasks gsm8k
       kvcli list tasks --json
       kvcli list presets kvfundabench_table7
@@ -77,7 +78,8 @@ def presets() -> list[Row]:
 
 
 def _one(kind: str, name: str, as_json: bool) -> None:
-    """`kvcli list tasks NAME`, `kvcli list presets NAME`. Raises KvcliError for other kinds and unknown names."""
+    """`kvcli list tasks NAME` and the like. Raises KvcliError for kinds whose members are in their table whole, and for
+    unknown names."""
     if kind == "tasks":
         from kvcli.cli import task_lists
 
@@ -88,14 +90,28 @@ def _one(kind: str, name: str, as_json: bool) -> None:
             task_lists.print_one(found[0])
         else:
             task_lists.print_rows(found)
+    elif kind == "methods":
+        _one_method(name, as_json)
     elif kind == "presets":
         from kvcli.cli import presets as shipped
 
         row = shipped.whole(name)
         output.json_result(row) if as_json else shipped.print_one(row)
     else:
-        fix = "kvcli list tasks NAME or kvcli list presets NAME"
+        fix = " or ".join(f"kvcli list {other} NAME" for other in ("methods", "tasks", "presets"))
         raise KvcliError(f"kvcli list {kind} takes no name", given=f"kvcli list {kind} {name}", fix=fix)
+
+
+def _one_method(name: str, as_json: bool) -> None:
+    """One method whole, or the table of a tier."""
+    from kvcli.cli import method_lists
+
+    group = [card for card in methods() if f"tier{card['tier']}" == name] if name.startswith("tier") else []
+    if group:
+        output.json_result(group) if as_json else _print_methods(group)
+        return
+    card = method_lists.row(name)
+    output.json_result(card) if as_json else method_lists.print_one(card)
 
 
 def models() -> list[Row]:
@@ -146,15 +162,20 @@ def _print_methods(rows: list[Row]) -> None:
         "paper": [r["paper"] or None for r in rows], "settings (defaults)": [_settings(r) for r in rows],
         "always keeps": [r["protects"] for r in rows],
     }  # fmt: skip
+    gone: list[str] = []
     room = output.console()
     if room.is_terminal or "COLUMNS" in os.environ:
         for name, least in NEEDED.items():
             if room.width < least:
                 del columns[name]
+                gone.append(name)
     table = output.table(list(columns), zip(*columns.values(), strict=True))
     for column in table.columns:
         column.no_wrap = str(column.header) not in WRAPPED
     output.result(table)
+    if gone:
+        output.note(f"not shown on a screen this narrow: {', '.join(gone)}")
+    output.note("one method whole: kvcli list methods NAME")
     tiers = ", ".join(f"tier{t}" for t in sorted({r["tier"] for r in rows}) if t)
     output.note(f"groups: all, {tiers}   with settings: snapkv:window=16   your own: ./mine.py:MyMethod")
     output.next_command("kvcli sweep --model testbed --method tier1 --ratio 0.1,0.3,0.5")

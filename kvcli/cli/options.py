@@ -122,8 +122,7 @@ Query = Annotated[
     str | None,
     _option(
         "--query",
-        help="aware: the question is compressed with the rest; agnostic: the rest without it; or both as a list "
-        "[default: aware].",
+        help="aware: the question is compressed with the rest; agnostic: the rest without it; both [default: aware].",
         panel=_GRID,
         metavar="MODES",
     ),
@@ -132,7 +131,7 @@ FirstToken = Annotated[
     str | None,
     _option(
         "--first-token",
-        help="compressed, prefill, or both as compressed,prefill.",
+        help="compressed, prefill or both.",
         panel=_GRID,
         metavar="MODES",
     ),
@@ -307,19 +306,34 @@ Json = Annotated[bool, _option("--json", help="Print one JSON document.", panel=
 DryRun = Annotated[bool, _option("--dry-run", help="Print what would run; load no weights.", panel=_RUNNING)]
 
 
-def integers(option: str, text: str | None) -> tuple[int, ...] | None:
-    """'0,1' -> (0, 1). Raises KvcliError."""
+def integers(option: str, text: str | None, least: int = 0) -> tuple[int, ...] | None:
+    """'0,1' -> (0, 1). least: for the example in an error alone. Raises KvcliError."""
     if text is None:
         return None
+    example = "0,1" if least == 0 else "64,128"
     try:
         values = tuple(int(piece) for piece in text.split(","))
     except ValueError:
-        raise KvcliError(
-            f"'{text}' is not a list of whole numbers", given=f"{option} {text}", fix=f"{option} 0,1"
-        ) from None
+        fix = f"{option} {_rounded(text, least) or example}"
+        what = f"'{text}' is not a list of whole numbers"
+        raise KvcliError(what, given=f"{option} {text}", fix=fix) from None
     if any(v < 0 for v in values):
-        raise KvcliError(f"{option} takes no negative numbers", given=f"{option} {text}", fix=f"{option} 0,1")
+        raise KvcliError(f"{option} takes no negative numbers", given=f"{option} {text}", fix=f"{option} {example}")
     return values
+
+
+def _least(name: str) -> int:
+    """Of a setting's numbers: sizes begin with 1, seeds and shots with 0."""
+    return 1 if name.endswith("budgets") else 0
+
+
+def _rounded(text: str, least: int) -> str:
+    """The list with numbers such as 64.5 and 1e3 made whole; empty where a piece is no number or too small."""
+    try:
+        whole = [int(float(piece)) for piece in text.split(",")]
+    except (ValueError, OverflowError):
+        return ""
+    return ",".join(map(str, whole)) if min(whole) >= least else ""
 
 
 def collect(typed: dict[str, Any]) -> dict[str, Any]:
@@ -343,7 +357,7 @@ def collect(typed: dict[str, Any]) -> dict[str, Any]:
         ("shot_seeds", "shot_seed"),
         ("shot_orders", "shot_order"),
     ):
-        named[name] = integers(f"--{option.replace('_', '-')}", typed.pop(option))
+        named[name] = integers(f"--{option.replace('_', '-')}", typed.pop(option), _least(name))
     named["first_token"] = words(typed.pop("first_token"))
     named["query"] = words(typed.pop("query"))
     named["system"] = _text(typed.pop("system"))
@@ -397,7 +411,7 @@ def _from_text(annotation: str, name: str, value: str) -> Any:
     """A variable's text in the type of its setting. Texts of the grammar (methods, ratios, tasks) stay whole."""
     given, kind = f"{ENVIRONMENT}{name.upper()}={value}", annotation.removesuffix("| None").strip()
     if kind == "tuple[int, ...]":
-        return integers(f"{ENVIRONMENT}{name.upper()}", value)
+        return integers(f"{ENVIRONMENT}{name.upper()}", value, _least(name.lower()))
     if kind == "tuple[str, ...]":
         return (
             [value]

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.table import Table
 
     from kvcli.errors import KvcliError
@@ -78,15 +78,26 @@ def result(what: object) -> None:
         if isinstance(what, str):
             print(what, flush=True)
             return
-        out = console()
-        if not out.is_terminal and "COLUMNS" not in os.environ:
-            from rich.measure import Measurement
-
-            wide = out.options.update(width=10_000, max_width=10_000)
-            out = console(width=max(80, Measurement.get(out, wide, what).maximum))  # type: ignore[arg-type]
-        out.print(what)
+        _fitting(what).print(what)
     except BrokenPipeError:  # the reader has what it wanted; the command still ends as it should
         drop_stdout()
+
+
+def _fitting(what: object) -> Console:
+    """stdout's console; off a terminal as wide as `what` needs."""
+    out = console()
+    if out.is_terminal or "COLUMNS" in os.environ:
+        return out
+    from rich.measure import Measurement
+
+    wide = out.options.update(width=10_000, max_width=10_000)
+    return console(width=max(80, Measurement.get(out, wide, what).maximum))  # type: ignore[arg-type]
+
+
+def height(what: RenderableType) -> int:
+    """Lines that `result` would print of it."""
+    out = _fitting(what)
+    return len(out.render_lines(what, out.options))
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> Table:

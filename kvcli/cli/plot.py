@@ -112,8 +112,6 @@ def command(
     captions = [name for name in names if name.endswith(".txt")]
     pictures = [name for name in names if not name.endswith((".json", ".txt"))]
     of_bench = (folder / bars.FILE).is_file()
-    if not of_bench:
-        _warn_if_unfinished(folder)
     if json:
         output.json_result({"run": str(folder), "figures": pictures, "data": data, "captions": captions})
     else:
@@ -122,8 +120,8 @@ def command(
         next_in(folder, shlex.join(["kvcli", "show", str(folder)]))
 
 
-def _warn_if_unfinished(folder: Path) -> None:
-    """One line where the folder has fewer finished records than its sweep asked for."""
+def _warn_if_some_failed(folder: Path) -> None:
+    """One line where a sweep that ended has fewer finished records than were asked for."""
     from kvcli.cli import output
     from kvcli.cli.status import status
 
@@ -153,6 +151,8 @@ def _of_run(
     loaded = load_run(folder)
     if not_whole := unfinished(folder, len(loaded)):
         output.warn(not_whole)
+    else:
+        _warn_if_some_failed(folder)
     part = filtered(loaded, [str(m) for m in parse_methods(methods)], split_tasks(tasks), parse_ratios(ratios))
     return folder, plot(part, out or folder / "figures", formats, None, chosen, look, loaded)
 

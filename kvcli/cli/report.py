@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from kvcli.analysis.reports.contents import Contents
 
 
+MOST_LINES = 40
+"""Longer tables are left to the report unless --table asks for them."""
 MOST_NAMED = 3
 """A comparison with more runs than this does not have all of them in the name of its file."""
 
@@ -44,6 +46,10 @@ def command(
     harmful_texts: Annotated[
         bool, typer.Option("--harmful-texts", help="In the page: outputs, and prompts if stored, of harmful tasks.")
     ] = False,
+    table: Annotated[
+        bool | None,
+        typer.Option("--table/--no-table", help="Print the tables too.", show_default=f"yes, up to {MOST_LINES} lines"),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document: files and all numbers.")] = False,
 ) -> None:
     """Write a report: verdicts, tables with intervals and paired differences, figures, provenance.
@@ -100,7 +106,7 @@ def command(
             **numbers(made),
         })  # fmt: skip
     else:
-        _print(made, files)
+        _print(made, files, table)
     flip = worst_flip(loaded, made.tables)
     show = ["show", str(folders[0]), "--task", flip[0], "--sample", flip[1]] if flip else []
     output.next_command(shlex.join(["kvcli", *(show or ["plot", str(folders[0]), "--format", "pdf"])]))
@@ -137,14 +143,19 @@ def _drawn(made: Contents, path: Path) -> list[Path]:
     return plot(made.run, figures_folder(path), ("png",), made.tables)
 
 
-def _print(made: Contents, files: list[Path]) -> None:
-    """Verdicts, comparisons and tables for the terminal."""
+def _print(made: Contents, files: list[Path], table: bool | None) -> None:
+    """Verdicts, comparisons and tables for the terminal. table: whether the last; None: short ones."""
     from kvcli.analysis.reports.verdict_text import verdict_section
     from kvcli.cli import output
     from kvcli.cli.tables import SummaryView, VerdictView
 
     for part in (verdict_section(made.tables, made.judged), *made.comparisons):
         output.result(VerdictView(part))
-    output.result(SummaryView(made.tables))
+    view = SummaryView(made.tables)
+    lines = 0 if table is not None else output.height(view)
+    if table or (table is None and lines <= MOST_LINES):
+        output.result(view)
     for file in files:
         output.result(f"report: {file}")
+    if lines > MOST_LINES:
+        output.note(f"tables of {lines:,} lines are in the report; --table prints them here")

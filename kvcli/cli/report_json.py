@@ -19,6 +19,10 @@ def numbers(made: Contents) -> dict[str, Any]:
     for table, facts in zip(made.tables, tables, strict=True):
         for cell, found in zip(table.cells(), facts["cells"], strict=True):
             found |= _further(made, table, cell)
+        full = [(table.full, facts["full"])] if table.full is not None else []
+        for cell, found in [*full, *zip(table.cells(), facts["cells"], strict=True)]:
+            if "judged" in found:
+                found["judged"]["kind"] = made.judged.said(cell)
     return {
         "margin": made.margin, "family": {"size": made.judged.family.size, "level": made.judged.family.level},
         "tables": tables, "findings": _findings(made),

@@ -77,8 +77,8 @@ def command(
 def _judge(model: str | None, dtype: str, device: str) -> Judge | None:
     if model in (None, "none"):
         return None
+    from kvcli.engine.checking import check_model_options
     from kvcli.engine.judging import load_judge
-    from kvcli.engine.prepare import check_model_options
 
     check_model_options(dtype, "auto", "auto", None)
     return load_judge(str(model), dtype=dtype, device=device)
@@ -87,20 +87,34 @@ def _judge(model: str | None, dtype: str, device: str) -> Judge | None:
 def _row(tally: Tally) -> dict[str, Any]:
     return {
         "task": tally.task, "method": tally.method, "records": tally.records, "changed": tally.changed,
+        "told": tally.told,
         "score_before": tally.before / tally.records if tally.records else None,
         "score_after": tally.after / tally.records if tally.records else None, "left_out": dict(tally.left_out),
     }  # fmt: skip
 
 
 def _print(tallies: list[Tally], folder: Folder, dry_run: bool) -> None:
+    """The table and what it does not say. What comes next: the same in earnest, a report of the new scores, or figures
+    where nothing changed since the last one."""
+    from kvcli.cli.following import next_in
+    from kvcli.cli.running import typed
+
     room = output.console()
     output.result(rescore_table.table(tallies, room.width if room.is_terminal or "COLUMNS" in os.environ else None))
     changed, records = sum(t.changed for t in tallies), sum(t.records for t in tallies)
     more = " would change" if dry_run else " changed"
     output.note(f"{changed} of {records} records{more}")
+    told = sum(t.told for t in tallies)
+    if told:
+        output.note(
+            f"{told:,} records {'would say' if dry_run else 'now say'} whether their output is text (incoherent)"
+        )
     left = Counter({(t.task, why): 0 for t in tallies for why in t.left_out})
     for tally in tallies:
         left.update({(tally.task, why): count for why, count in tally.left_out.items()})
     for (task, why), count in left.items():
         output.warn(f"{task}: {count} record{'s' * (count != 1)} left as before: {why}")
-    output.next_command(f"kvcli report {shlex.quote(str(folder.path))}")
+    if dry_run and changed + told:
+        output.next_command(shlex.join(word for word in typed() if word != "--dry-run"))
+    else:
+        next_in(folder.path, shlex.join(["kvcli", "plot", str(folder.path)]))

@@ -46,7 +46,7 @@ def one_cell(config: SweepConfig) -> SweepConfig:
 def perform(config: SweepConfig, passed: dict[str, Any], *, dry_run: bool, json: bool) -> int:
     """Returns the exit code. Raises KvcliError for everything the user can mend."""
     from kvcli import sandbox
-    from kvcli.engine.prepare import check
+    from kvcli.engine.checking import check
     from kvcli.engine.stop import StopRequest
 
     stop = StopRequest(config.max_time, say=output.note)
@@ -59,8 +59,7 @@ def perform(config: SweepConfig, passed: dict[str, Any], *, dry_run: bool, json:
         from kvcli.engine.session import execute, open_session
 
         session = open_session(request, lambda text: None, writing=not dry_run)
-        for warning in [*session.prepared.warnings, *_without_ratio(request.config, passed)]:
-            output.warn(warning)
+        _remark(session, passed)
         _announce(session, json=json and dry_run, dry_run=dry_run)
         if dry_run:
             return Exit.DONE
@@ -75,6 +74,18 @@ def perform(config: SweepConfig, passed: dict[str, Any], *, dry_run: bool, json:
                 stop=stop.asked,
             )
     return _finish(session, outcome, stop.reason, json)
+
+
+def _remark(session: Any, passed: dict[str, Any]) -> None:
+    """What will not be as typed, before anything runs."""
+    from kvcli.cli import remarks
+
+    prepared, config = session.prepared, session.prepared.request.config
+    large = remarks.larger_than_prompts(config, prepared.prompt_sets.values())
+    for warning in [*prepared.warnings, *remarks.without_ratio(config, passed), *large]:
+        output.warn(warning)
+    for note in remarks.floors(config):
+        output.note(note)
 
 
 def typed() -> list[str]:
@@ -124,7 +135,8 @@ def _announce(session: Any, *, json: bool, dry_run: bool) -> None:
             f"{facts.prefill_tokens:,} tokens to prefill"
             + (f" ({shared:.0f} times fewer than cell by cell)" if shared >= 1.5 else "")
             + f", up to {facts.decode_tokens:,} to decode, about {output.size(facts.memory.peak)} of memory",
-            f"about {output.duration(facts.seconds)} ({session.prepared.dtype} on {session.prepared.device})",
+            f"about {output.duration(facts.seconds)}{_pruning(facts)} "
+            f"({session.prepared.dtype} on {session.prepared.device})",
         ]
     if dry_run and facts.records:
         lines[-1:-1] = _details(facts)
@@ -133,15 +145,6 @@ def _announce(session: Any, *, json: bool, dry_run: bool) -> None:
     else:
         for line in lines:
             output.note(line)
-
-
-def _without_ratio(config: SweepConfig, passed: dict[str, Any]) -> list[str]:
-    """Says which methods a typed ratio or budget does not apply to."""
-    from kvcli.methods.catalog import build
-
-    typed_size = "--ratio" if passed.get("ratios") else "--budget" if passed.get("budgets") else ""
-    own = [m for m in config.methods if typed_size and build(m).domain.kind == "none"]
-    return [f"{', '.join(own)}: a size of their own, {typed_size} does not apply"] if own else []
 
 
 _KINDS = {"kept": "caches that only grow", "stored": "caches stored in other forms"}
@@ -156,6 +159,11 @@ _SHARING = {
 def _weights(text: str) -> str:
     """What tells a group of pruned weights from the dense ones."""
     return "" if text == "dense" else f", {text}"
+
+
+def _pruning(facts: Any) -> str:
+    """What the time does not hold, where weights are pruned first."""
+    return " and the pruning" if any(_weights(g.weights) for g in facts.groups) else ""
 
 
 def _prompts(group: Any) -> str:
@@ -179,6 +187,7 @@ def _details(facts: Any) -> list[str]:
         what = _KINDS.get(kind.kind, f"{kind.kind} by itself, for what it does while generating")
         lines.append(f"  {what}: {output.count(kind.cells, 'cell')}, {output.count(kind.rows, 'row')}")
     parts = {"weights": facts.memory.weights, "prompts": facts.memory.prompts, "compressed caches": facts.memory.decode,
+             "beside the pairs": facts.memory.figures, "comparison": facts.memory.comparison,
              "activations": facts.memory.activations}  # fmt: skip
     lines.append("memory at the peak: " + ", ".join(f"{name} {output.size(n)}" for name, n in parts.items()))
     return lines
@@ -187,7 +196,7 @@ def _details(facts: Any) -> list[str]:
 def _finish(session: Any, outcome: Any, reason: str, json: bool) -> int:
     from kvcli.analysis.reading.load import load_run
     from kvcli.analysis.tables.build import summarise
-    from kvcli.cli import tables
+    from kvcli.cli import remarks, tables
     from kvcli.cli.following import next_in
 
     folder = str(session.folder)
@@ -202,6 +211,8 @@ def _finish(session: Any, outcome: Any, reason: str, json: bool) -> int:
         output.json_result(tables.as_json(summary))
     else:
         output.result(tables.SummaryView(summary))
+    for note in remarks.idle(summary):
+        output.note(note)
     others = sum(cell.cell_id not in wanted and cell.method != "full" for cell in run.cells)
     if others:
         output.note(f"{folder} holds {output.count(others, 'more cell')} of earlier commands")

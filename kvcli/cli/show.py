@@ -164,7 +164,7 @@ def _cell(record: Record) -> dict[str, Any]:
         "cell_id", "method", "ratio", "budget", "measured_ratio", "first_token", "query", "shots", "shot_seed",
         "shot_order", "seed", "draw",
         "decode", "weights", "match", "status", "error",
-        "score", "extracted", "output", "finish", "flags", "n_prompt", "kept", "kept_by_region",
+        "score", "extracted", "output", "finish", "flags", "incoherent", "n_prompt", "kept", "kept_by_region",
     )  # fmt: skip
     return {name: record.get(name) for name in fields}
 
@@ -323,7 +323,8 @@ def _row(cell: dict[str, Any], long: bool, weighed: bool) -> tuple[Any, ...]:
     measured, score = _short(cell["measured_ratio"]), _short(cell["score"])
     extras = [names.decoding(cell.get("decode")), _weights(cell) if weighed else "", _told_apart(cell)]
     method = " ".join(filter(None, [cell["method"], *(f"[{x}]" for x in extras if x)]))
-    return method, _size(cell), measured, score, cell["extracted"], " ".join(cell["flags"] or []) or "-", text
+    flags = [*(cell["flags"] or []), *["incoherent"] * bool(cell["incoherent"])]
+    return method, _size(cell), measured, score, cell["extracted"], " ".join(flags) or "-", text
 
 
 def _short(value: float | None) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvcli.config import SweepConfig
-from kvcli.engine.prepare import check
+from kvcli.engine.checking import check
 from kvcli.engine.session import execute, open_session
 
 

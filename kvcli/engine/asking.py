@@ -13,12 +13,23 @@ import torch
 from torch import Tensor
 
 from kvcli.cache.budget import Budget
-from kvcli.cache.rows import STORED_BYTES, Kept, Row, head_positions, kept_counts, payload_bytes
+from kvcli.cache.rows import (
+    STORED_BYTES,
+    Kept,
+    Pairs,
+    Row,
+    gathered,
+    head_positions,
+    kept_counts,
+    packed,
+    payload_bytes,
+    storages,
+)
 from kvcli.cache.stored import Layers, StoredRow
+from kvcli.engine.cells import Anchor, Cell, ratio_of
 from kvcli.engine.generate import Ask, Start, StopRules, end_tokens
-from kvcli.engine.own_prefills import Own, OwnPrefills
-from kvcli.engine.plan import Anchor, Cell, ratio_of
-from kvcli.engine.pool import Cap, PoolRow
+from kvcli.engine.own_prefills import Formed, Own, OwnPrefills
+from kvcli.engine.pool_rows import Cap, PoolRow
 from kvcli.engine.prefilling import Ready
 from kvcli.engine.prompts import PromptSet
 from kvcli.engine.sampling import Sampler
@@ -52,6 +63,8 @@ class Options:
     """Bytes of one decode batch's cache; None: decode_rows rows of whatever length."""
     temperature: float = 0.0
     top_p: float = 1.0
+    figures: bool = True
+    """Whether `memory` holds what methods keep beside the pairs too: not in folders of earlier versions."""
 
 
 @dataclass
@@ -97,18 +110,21 @@ class Asker:
         matched, budget = self._sized(cell, ctx)
         method = self.method(cell)
         payload = None
-        window = method.prefill_window()
-        if method.kind == "in-prefill" and window is None:
-            mine = Own((sample, cell.id), cell.method, method, budget, cell.decode is not None)
-            done = self.own.take(ctx, mine, self._owns(coming, ctx))
+        mine = _own(sample, cell, method, budget, ctx)
+        if prunes(method):
+            done = self.own.take(ctx, mine, self._owns(coming, ctx, lambda other: prunes(self.method(other))))
             selection, row, logits = pruned_row(done, cell, method, ctx, budget)
+            beside = [x for layer in done.state for x in layer.values()]
         else:
-            selection, logits = self._selected(method, ctx, budget, cell), ready.logits
-            if window is not None:
-                ctx, logits = self._through(window, ctx, selection)
-            pairs = pairs_of(method, ctx, selection.kept)
+            selection = self._selected(method, ctx, budget, cell)
+            alike = self._owns(coming, ctx, lambda other: other.method == cell.method)
+            pairs, read = self._formed(method, ctx, selection, mine, alike)
+            logits = ready.logits if read is None else read
             payload = self._payload(method, ctx, selection, pairs)
-            row = self.row(cell, method, ctx, selection, pairs, budget)
+            row, beside = self.row(cell, method, ctx, selection, pairs, budget), []
+        shared = storages((*ctx.keys, *ctx.values))
+        held = storages((*row.keys, *row.values, *beside))
+        row.own = {at: size for at, size in held.items() if at not in shared}
         own = logits if method.kind == "in-prefill" else None
         if payload is not None and self.saves_nothing(selection, ctx, payload):
             selection.flags |= {"noop"}
@@ -129,11 +145,26 @@ class Asker:
         seed = ctx.seed if method.seeded else None
         return ctx.once(("selected", cell.method, budget, seed), lambda: select(method, ctx, budget))
 
-    def _through(self, window: tuple[int, int], ctx: Context, selection: Selection) -> tuple[Context, Tensor]:
-        """The prompt as it is when streaming heads read it through their window, and the logits behind it."""
+    def _formed(
+        self, method: Method, ctx: Context, selection: Selection, mine: Own, coming: Iterable[Own]
+    ) -> Formed:  # fmt: skip
+        """The row's pairs: the prompt's, what a merge makes of them, or those of a prefill through windows."""
+        window = method.prefill_window()
+        if window is not None:
+            return self.own.formed(mine, coming, lambda: self._through(window, ctx, selection))
+        if merge_of(method) is not None:
+            return self.own.formed(mine, coming, lambda: Formed(pairs_of(method, ctx, selection.kept)))
+        return Formed((ctx.keys, ctx.values, selection.kept))
+
+    def _through(self, window: tuple[int, int], ctx: Context, selection: Selection) -> Formed:
+        """What is kept of the prompt as it is when streaming heads read it through their window."""
         streams = [facts["streams"] for facts in selection.facts]
         read = streaming_prefill(self.model, ctx.token_ids, streams, *window)
-        return dataclasses.replace(ctx, keys=read.keys, values=read.values), read.logits
+        own = [
+            [gathered(x, form) for x, form in zip(xs, selection.kept, strict=True)] for xs in (read.keys, read.values)
+        ]
+        keys, values = ([pairs for pairs, _ in layers] for layers in own)
+        return Formed((keys, values, [places for _, places in own[0]]), read.logits)
 
     def _bytes_of(self, anchor: Anchor, ctx: Context) -> int:
         """Bytes of what the anchor keeps of this prompt: it really selects and stores it, once per prompt and seed."""
@@ -176,13 +207,14 @@ class Asker:
         matched = None if cell.match is None else self._bytes_of(cell.match, ctx)
         return matched, self._budget(cell, ctx, matched)
 
-    def _owns(self, rows: Iterable[tuple[int, Cell]], ctx: Context) -> Iterator[Own]:
-        """Those of these rows that prefill for themselves."""
+    def _owns(
+        self, rows: Iterable[tuple[int, Cell]], ctx: Context, wanted: Callable[[Cell], bool]
+    ) -> Iterator[Own]:  # fmt: skip
+        """What the wanted ones of these rows prefill or merge for themselves."""
         for sample, cell in rows:
-            method = self.method(cell)
-            if method.kind == "in-prefill" and method.prefill_window() is None:
-                _, budget = self._sized(cell, dataclasses.replace(ctx, seed=cell.seed or 0))
-                yield Own((sample, cell.id), cell.method, method, budget, cell.decode is not None)
+            if wanted(cell):
+                mine = dataclasses.replace(ctx, seed=cell.seed or 0)
+                yield _own(sample, cell, self.method(cell), self._sized(cell, mine)[1], mine)
 
     def row(self, cell: Cell, method: Method, ctx: Context, selection: Selection, pairs: Pairs, budget: Budget) -> Row:
         """The row's kept pairs; in the compressed mode the last prompt token leaves and is fed again."""
@@ -194,7 +226,7 @@ class Asker:
             row = Row(keys, values, chosen)
             return StoredRow(keys, values, chosen, None, lambda: stored_layers(transform, ctx, row, kept))
         if cell.decode is None:
-            return Row(keys, values, chosen, self._rotate(cell, selection))
+            return Row(keys, values, chosen, self._rotate(cell, selection, kept))
         with guarded(method):
             state = [method.decode_start(ctx, layer) for layer in range(ctx.layers)]
         cap = Cap.of(cell.decode, budget, method)
@@ -216,13 +248,13 @@ class Asker:
         layers = stored_layers(transform, ctx, Row(*pairs), selection.kept)
         return sum(store.payload() for blocks in layers for _, store in blocks)
 
-    def _rotate(self, cell: Cell, selection: Selection) -> Any:
+    def _rotate(self, cell: Cell, selection: Selection, kept: Kept) -> Any:
         if not selection.rerotate:
             return None
         rope = self.model.rope
         if rope is None:
             raise KvcliError("this model's keys cannot be moved", given=cell.method, fix="rerotate=false")
-        return lambda layer, keys, old: rope.move(keys, old, torch.arange(len(old)))
+        return lambda layer, keys, _: rope.move(keys, kept[layer], torch.arange(len(kept[layer])))  # type: ignore[arg-type]
 
     def _start(self, choice: Choice, logits: Tensor, sampler: Sampler | None, ids: Sequence[int]) -> Start:
         """Where the row begins: the position after its last pair, true or (rerotated) inside the cache. ids: the whole
@@ -247,6 +279,16 @@ class Asker:
         return StopRules(length, end_tokens(self.model), prompts.task.until)
 
 
+def prunes(method: Method) -> bool:
+    """Whether it drops tokens while it reads the prompt, in a prefill of its own."""
+    return method.kind == "in-prefill" and method.prefill_window() is None
+
+
+def _own(sample: int, cell: Cell, method: Method, budget: Budget, ctx: Context) -> Own:
+    seed = ctx.seed if method.seeded else None
+    return Own((sample, cell.id), cell.method, method, budget, cell.decode is not None, seed)
+
+
 def pruned_row(done: Pruned, cell: Cell, method: Method, ctx: Context, budget: Budget) -> tuple[Selection, Row, Tensor]:
     """Of a prefill of its own: what it kept, where that stands in the prompt, and its own logits."""
     facts = [{name: torch.full((ctx.kv_heads,), value) for name, value in done.facts.items()}] * ctx.layers
@@ -262,11 +304,8 @@ def pruned_row(done: Pruned, cell: Cell, method: Method, ctx: Context, budget: B
     return selection, row, done.logits
 
 
-Pairs = tuple[Sequence[Tensor], Sequence[Tensor], Kept]
-"""Keys and values per layer, and which of them are kept: the prompt's own, or what a merge made of them."""
-
-
 def pairs_of(method: Method, ctx: Context, kept: Kept) -> Pairs:
+    """The prompt's own, or what a merge makes of them."""
     merge = merge_of(method)
     return (ctx.keys, ctx.values, kept) if merge is None else _merged(merge, ctx, kept)
 
@@ -295,7 +334,7 @@ def _without_last(kept: Kept) -> Kept:
 
 
 def _merged(merge: Merge, ctx: Context, kept: Kept) -> Pairs:
-    """Keys and values [H_kv, K, D] of the kept pairs with the dropped ones folded in, and where they stand in these."""
+    """Keys and values of the kept pairs with the dropped ones folded in, and where they stand in these."""
     keys: list[Tensor] = []
     values: list[Tensor] = []
     chosen: list[Tensor | list[Tensor]] = []
@@ -303,14 +342,11 @@ def _merged(merge: Merge, ctx: Context, kept: Kept) -> Pairs:
         heads = head_positions(form, ctx.kv_heads)
         with guarded(merge):
             folded = merge.fold(ctx, layer, heads)
-        most = max(map(len, heads))
         for made, source, which in ((keys, ctx.keys, 0), (values, ctx.values, 1)):
-            whole = source[layer].new_zeros(ctx.kv_heads, most, source[layer].shape[-1])
-            for head, pair in enumerate(folded):
-                whole[head, : len(heads[head])] = pair[which]
+            whole, places = packed([pair[which].to(source[layer]) for pair in folded])
             made.append(whole)
         even = len({len(p) for p in heads}) == 1
-        chosen.append(torch.arange(most) if even else [torch.arange(len(p)) for p in heads])
+        chosen.append(places[0] if even else places)
     return keys, values, chosen
 
 

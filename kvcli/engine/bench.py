@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kvcli.config import SweepConfig
-from kvcli.engine.plan import decode_settings
-from kvcli.engine.prepare import check
+from kvcli.engine.cells import decode_settings
+from kvcli.engine.checking import check
 from kvcli.errors import KvcliError
 from kvcli.methods import catalog
 from kvcli.models import loader, profiles

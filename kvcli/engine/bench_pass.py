@@ -27,9 +27,9 @@ from kvcli.engine.asking import Asker, Options, pairs_of, pruned_row
 from kvcli.engine.bench import Job
 from kvcli.engine.bench_rows import Held, joined
 from kvcli.engine.caches import build_of, storage_of
+from kvcli.engine.cells import Cell
 from kvcli.engine.meter import Memory, Meter
 from kvcli.engine.needs import captured, given
-from kvcli.engine.plan import Cell
 from kvcli.engine.prefilling import passes
 from kvcli.engine.selecting import select
 from kvcli.methods import catalog

@@ -6,17 +6,15 @@ import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from kvcli.cache.kv_cache import CompressedCache
-from kvcli.cache.rows import Kept, Row
+from kvcli.cache.rows import Row, gathered
 from kvcli.cache.stored import StoredRow
 from kvcli.cache.workspace import Workspace
-from kvcli.engine.pool import PoolRow
+from kvcli.engine.pool_rows import PoolRow
 
 if TYPE_CHECKING:
     from kvcli.engine.generate import Build
@@ -52,17 +50,15 @@ class Held:
         if isinstance(row, StoredRow):
             return
         for layer, form in enumerate(row.kept):
-            small, row.keys[layer] = _gather(row.keys[layer], form)  # type: ignore[index]
-            small, row.values[layer] = _gather(row.values[layer], form)  # type: ignore[index]
+            row.keys[layer], small = gathered(row.keys[layer], form)  # type: ignore[index]
+            row.values[layer], small = gathered(row.values[layer], form)  # type: ignore[index]
             forms.append(small)
-        if row.rotate is not None:
-            row.rotate = partial(_rotated, row.rotate, row.kept)
         row.kept = forms
 
     def clone(self) -> Held:
         """A row of its own, for the search for the largest batch."""
         changes: dict[str, Any] = {
-            "keys": [x.clone() for x in self.row.keys], "values": [x.clone() for x in self.row.values]
+            "keys": [_copy(x) for x in self.row.keys], "values": [_copy(x) for x in self.row.values]
         }  # fmt: skip
         if isinstance(self.row, StoredRow):
             layers = copy.deepcopy(self.row.make())  # what its layers share is shared in the copy too
@@ -70,25 +66,9 @@ class Held:
         return dataclasses.replace(self, row=dataclasses.replace(self.row, **changes))
 
 
-def _rotated(
-    rotate: Callable[[int, Tensor, Tensor], Tensor], kept: Kept, layer: int, keys: Tensor, _: Tensor
-) -> Tensor:
-    """What `rotate` makes of keys whose row has forgotten where they stood."""
-    form = kept[layer]
-    return rotate(layer, keys, form if isinstance(form, Tensor) and form.dim() == 1 else form[0])
-
-
-def _gather(x: Tensor, form: Tensor | list[Tensor]) -> tuple[Tensor | list[Tensor], Tensor]:
-    """Which positions of the result are kept, and the kept pairs of [H_kv, n, D] as a tensor of their own."""
-    if isinstance(form, list):
-        out = x.new_zeros(len(form), max(len(p) for p in form), x.shape[-1])
-        for head, positions in enumerate(form):
-            out[head, : len(positions)] = x[head, positions.to(x.device)]
-        return [torch.arange(len(p)) for p in form], out
-    everything = torch.arange(form.shape[-1])
-    if form.dim() == 1:
-        return everything, x if len(form) == x.shape[1] else x[:, form.to(x.device)]
-    return everything, x.gather(1, form.to(x.device)[..., None].expand(-1, -1, x.shape[-1]))
+def _copy(x: Tensor) -> Tensor:
+    """[H_kv, S, D]; what all heads see is copied once for all of them."""
+    return x[:1].clone().expand_as(x) if x.stride(0) == 0 else x.clone()
 
 
 class Draining(Workspace):

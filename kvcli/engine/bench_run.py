@@ -64,7 +64,8 @@ FIELDS = {
     "kv_bytes": "{full, kept, end, read}: 16-bit bytes of one prompt's full cache, of what was kept of it (in the form "
     "in which it is stored, tables and scales included), of that and all new tokens, and read per new token where the "
     "method chooses what to read, else null; means over rows",
-    "alloc_bytes": "bytes of the decode cache per row at its end, padding and room for new tokens included",
+    "alloc_bytes": "bytes of the decode cache per row at its end: padding and room for new tokens included and, where "
+    "rows go on evicting, positions and the method's figures",
     "buffer_bytes": "those of them that are one layer written out for attention to read, where storage is stored; "
     "else 0",
     "provenance": "versions, commit, hardware, cluster job",

@@ -10,9 +10,9 @@ from kvcli.cache.kv_cache import CompressedCache
 from kvcli.cache.workspace import Workspace
 from kvcli.engine import fidelity
 from kvcli.engine.asking import Asker, Choice
+from kvcli.engine.cells import Cell
 from kvcli.engine.generate import Ask, Build, OutOfRoom
 from kvcli.engine.memory import Room, batches, is_out_of_memory
-from kvcli.engine.plan import Cell
 from kvcli.engine.prefilling import Ready
 from kvcli.engine.prompts import PromptSet
 from kvcli.models.wrapper import Model

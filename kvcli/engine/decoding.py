@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from kvcli.engine.asking import Choice
 from kvcli.engine.caches import build_of, storage_of
+from kvcli.engine.cells import Cell
 from kvcli.engine.choosing import choose_all
 from kvcli.engine.comparing import mode_of
 from kvcli.engine.fidelity import Distance
 from kvcli.engine.generate import Ask, AskOutOfMemory, Build, Generated, OutOfRoom, generate
 from kvcli.engine.memory import Room, is_out_of_memory
-from kvcli.engine.plan import Cell, DecodeBatch, PrefillBatch
+from kvcli.engine.plan import DecodeBatch, PrefillBatch
 from kvcli.engine.prefilling import Ready
 from kvcli.engine.prompts import PromptSet
 from kvcli.engine.records import ok_record, prompt_entry
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 Finished = tuple[Ask, Generated]
 FLUSH = 64
-"""Finished rows that wait for each other, so that their predictions are compared with full's in one pass."""
+"""Finished rows that wait for each other, so that their predictions are compared with full's in one pass; fewer where
+what they hold themselves would take more memory than a batch may."""
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Decoding:
                 for done in self._answers(asks, room, steady):
                     self.pending.append(done)
                     self.unanswered -= runner.comparer.note(done[0].tag, done[1].ids)
-                    if len(self.pending) >= FLUSH:
+                    if len(self.pending) >= FLUSH or self._crowded():
                         self._flush()
                 break
             except OutOfRoom as error:
@@ -91,6 +93,16 @@ class Decoding:
 
     def failed(self, sample: int, cell: Cell, error: BaseException) -> None:
         self.runner.failed(self.prompts, self.batch.start + sample, cell, error, self.decode.id)
+
+    def _crowded(self) -> bool:
+        """Whether the finished rows hold more memory of their own than there is for a batch."""
+        room = self.runner.room
+        if room.bytes is None or not room.figures:
+            return False
+        own: dict[int, int] = {}
+        for ask, _ in self.pending:
+            own |= ask.row.own
+        return sum(own.values()) > room.bytes
 
     def _flush(self, last: bool = False) -> None:
         """Records the finished rows whose `full` has answered; the others wait unless these are the last.

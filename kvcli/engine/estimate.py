@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from kvcli.engine.cells import Cell, PromptKey
 from kvcli.engine.memory import CHUNK
-from kvcli.engine.plan import Cell, DecodeBatch, Plan, PrefillBatch, PromptKey, padded_share, ratio_of
+from kvcli.engine.peak import Memory, Peak
+from kvcli.engine.plan import DecodeBatch, Plan, PrefillBatch, padded_share
 from kvcli.engine.prompts import PromptSet
 
 if TYPE_CHECKING:
@@ -38,6 +40,10 @@ class Sizes:
     parameters: int
     hidden: int
     vocabulary: int
+    heads: int
+    kv_heads: int
+    width: int
+    """Of one head."""
 
     @classmethod
     def of(cls, config: Any) -> Sizes:
@@ -48,7 +54,9 @@ class Sizes:
         per_layer = config.hidden_size * dim * 2 * (heads + kv_heads) + 3 * config.hidden_size * inner
         layers, vocabulary = config.num_hidden_layers, config.vocab_size
         parameters = layers * per_layer + vocabulary * config.hidden_size
-        return cls(layers, layers * kv_heads * dim * 2, parameters, config.hidden_size, vocabulary)
+        return cls(
+            layers, layers * kv_heads * dim * 2, parameters, config.hidden_size, vocabulary, heads, kv_heads, dim
+        )  # fmt: skip
 
 
 def rows_that_fit(config: Any, itemsize: int, longest: int, memory: int, most: int) -> int:
@@ -88,22 +96,6 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes at the peak, by what holds them; activations are an order of magnitude."""
-
-    weights: int
-    prompts: int
-    """Dense caches of the samples that are prefilled together."""
-    decode: int
-    """Compressed caches of one decode batch, padding, room and the spare layer included."""
-    activations: int
-
-    @property
-    def peak(self) -> int:
-        return self.weights + self.prompts + self.decode + self.activations
-
-
-@dataclass(frozen=True)
 class Estimate:
     cells: int
     """Of the command, those that are done too."""
@@ -130,7 +122,6 @@ class _Work:
     steps: int = 0
     passes: int = 0
     read: int = 0
-    caches: int = 0
     dense: int = 0
     _alike: dict[tuple[int, int], list[DecodeBatch]] = field(default_factory=dict)
 
@@ -145,15 +136,17 @@ class _Work:
 def estimate(
     plan: Plan, wanted: set[str], prompt_sets: dict[PromptKey, PromptSet], sizes: Sizes, itemsize: int, rows: int,
     length: int | None, done: set[tuple[str, str]], limit: int | None, methods: dict[str, Method], room: int,
+    fidelity: bool = False,
 ) -> Estimate:  # fmt: skip
     """What is still to do of the wanted cells and first `limit` samples; done: (cell, sample) pairs with a record.
-    room: bytes that the caches of one decode batch may take.
+    room: bytes that the caches of one decode batch may take. fidelity: rows are compared with full's predictions.
 
     Upper bounds: every row is taken to generate its task's most tokens. length: --max-new-tokens. methods: by text.
     """
     work = _Work()
     parts: list[_Part] = []
     token = sizes.kv_elements * itemsize
+    peak = Peak(sizes, itemsize, room, methods, fidelity and any(c.method == "full" for c in plan.cells.values()))
     recorded = _by_cell(done)
     for batch in plan.batches:
         prompts = prompt_sets[batch.prompts]
@@ -172,9 +165,7 @@ def estimate(
         work.steps += new * len(decodes)
         work.passes += 1
         work.read += int(sum(padded_share(d.rows) for d in decodes) * longest * token * new)
-        slots = {c.id: _slots(c, max(lengths), new, methods[c.method]) for c in batch.cells}
-        largest = max(_largest([slots[c.id] for _, c in d.rows], max(1, room // token)) for d in decodes)
-        work.caches = max(work.caches, int(largest * token * (1 + 1 / sizes.layers)))
+        peak.add(decodes, len(samples), max(lengths), new)
         work.dense = max(work.dense, len(samples) * longest * token)
     groups = _groups(prompt_sets, parts, methods)
     prefill = sum(group.tokens for group in groups)
@@ -189,35 +180,9 @@ def estimate(
         cells=len(wanted), samples=_prompts(parts), records=work.records, groups=groups,
         storage=_storage(parts), prefill_tokens=prefill, decode_tokens=work.decode,
         separate_prefill_tokens=sum(group.tokens_alone for group in groups),
-        memory=Memory(weights, work.dense, work.caches, activations),
+        memory=Memory(weights, work.dense, peak.decode, peak.figures, peak.comparison, activations),
         record_bytes=work.records * RECORD_BYTES + work.decode * TOKEN_BYTES, seconds=seconds,
     )  # fmt: skip
-
-
-def _slots(cell: Cell, n: int, new: int, method: Method) -> int:
-    """Pairs per KV head that a row holds at most."""
-    from kvcli.cache.budget import Budget
-    from kvcli.engine.pool import Cap
-
-    ratio = ratio_of(cell)
-    budget = Budget.of_ratio(ratio, n, 1, 1) if ratio is not None else Budget.of_size(cell.budget or n, n, 1, 1)
-    kept = budget.per_head
-    if cell.decode is None:
-        return kept + new
-    cap = Cap.of(cell.decode, budget, method)
-    return min(kept + 1 + new, cap.at(new) + cell.decode["interval"] + (kept + 1 if cap.separate else 0))
-
-
-def _largest(slots: Sequence[int], room: int) -> int:
-    """Padded slots of the largest batch when rows enter in this order as far as `room` slots go."""
-    largest = count = widest = 0
-    for own in slots:
-        wider = max(widest, own)
-        if count and (count + 1) * wider > room:
-            count, wider = 0, own
-        count, widest = count + 1, wider
-        largest = max(largest, count * widest)
-    return largest
 
 
 @dataclass(frozen=True)

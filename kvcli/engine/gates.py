@@ -6,7 +6,8 @@ streaming. The loss is the mean squared distance of the last hidden states from 
 plus 0.05 times the mean gate; AdamW, rate 0.02, warmed up and cooled down over a fifth of the steps each, from 1.
 Differs: both attentions read the mixed states, as the paper's equation says (the code takes the causal one from the
 unmixed model); one pass key is asked for, not ten, on prompts of one length, and the states are those that predict it
-and its own; streaming is exact to the token (the code rounds windows up to blocks of 128); 500 steps, theirs are 2,000.
+and its own; streaming is exact to the token (the code rounds windows up to blocks of 128); 500 steps and 64 sinks,
+theirs are 2,000 and 128.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvcli.attention.patch import patched
 from kvcli.attention.reference import causal, within
 from kvcli.engine import profiling
-from kvcli.engine.profiling import Probe, Ready, Settings, loaded, needles_of
+from kvcli.engine.needles import Probe, needles_of
+from kvcli.engine.profiling import Ready, Settings, loaded
 from kvcli.errors import KvcliError
 from kvcli.models.profiles import HeadProfile
 from kvcli.models.source import ModelSource, fingerprint

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvcli.config import SweepConfig
-from kvcli.engine.prepare import Prepared, Request, check
+from kvcli.engine.checking import Request, check
+from kvcli.engine.prepare import Prepared
 from kvcli.engine.prompts import PromptSet
 from kvcli.errors import KvcliError, unknown
 from kvcli.evals.spec import Sample, Score, Segment, Task

@@ -8,7 +8,7 @@ arrays; docs/attn-map.md says what they hold.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,15 +17,23 @@ import torch
 from torch import Tensor
 
 from kvcli.attention import maps
-from kvcli.attention.maps import Look, Reading
-from kvcli.attention.patch import patched
-from kvcli.cache.rows import Kept, head_positions
+from kvcli.attention.maps import Reading
 from kvcli.engine.asking import Asker, Choice, Options
+from kvcli.engine.cells import Anchor, Cell
 from kvcli.engine.estimate import Sizes
+from kvcli.engine.map_facts import KINDS, meta_of, prompt_facts
+from kvcli.engine.map_numbers import (
+    SETS,
+    in_units,
+    kept_pairs,
+    of_spans,
+    received_by_layer,
+    thrown_away,
+)
+from kvcli.engine.map_reading import look_of, read_again
 from kvcli.engine.map_request import Asked, Chosen, Group, chosen_heads, chosen_samples, request_of
-from kvcli.engine.memory import CHUNK
 from kvcli.engine.needs import require
-from kvcli.engine.plan import Anchor, Cell, PrefillBatch, PromptKey
+from kvcli.engine.plan import PrefillBatch
 from kvcli.engine.prefilling import Prefiller, Ready
 from kvcli.engine.prepare import Prepared, prepare
 from kvcli.engine.prompts import PromptSet
@@ -35,23 +43,14 @@ from kvcli.errors import KvcliError
 from kvcli.methods import catalog
 from kvcli.methods.context import Context
 from kvcli.models.wrapper import Model
-from kvcli.results import provenance
-from kvcli.spans import REGIONS, question_start
 from kvcli.weights.spec import DENSE
 
-SCHEMA = 1
-KINDS = ("special", *REGIONS)
-SETS = ("all", "question")
-"""Whose attention: that of all queries, or of those from the question on (the last token's where there is none)."""
 MOST_SHOWN = 8
 """Prompts that are drawn."""
 UNITS = 2048
 """Tokens up to which data are per token; longer prompts are stored in units of several tokens."""
-RECEIVED, SMALL_MAPS = 4_000_000, 1_000_000
-"""Numbers stored of all prompts shown: what keys receive per head, and small maps of all heads."""
-SMALLEST, LARGEST = 8, 64
-"""Blocks of a small map."""
-
+RECEIVED = 4_000_000
+"""Numbers stored of what keys receive per head, of all prompts shown together; beyond, heads are averaged."""
 
 Say = Callable[[str], None]
 Tell = Callable[[int, int, str], None]
@@ -118,7 +117,8 @@ class Mapper:
         tell(total, total, "")
         for name, values in self.stacks.items():
             self.arrays[name] = torch.stack(values).float().numpy()
-        return Atlas(self._meta(prompts), self.arrays, self.warnings)
+        meta = meta_of(self.model, self.prepared, self.groups, self.heads, prompts)
+        return Atlas(meta, self.arrays, self.warnings)
 
     def _method(self, cell: Cell | Anchor) -> Any:
         return self.methods[cell.method]
@@ -140,11 +140,14 @@ class Mapper:
         prompts, before = self.groups[group].whole, self.groups[group].before
         ready = self._ready(group, prompts, index, {"column_sum", "column_sum:question"})
         ctx, prompt, shown = ready.context, prompts.prompts[index], (group, index) in self.shown
-        received = _received(ctx)
-        look = self._look(ctx)
-        reading = self._read(prompt.ids, ctx, look)
+        received = received_by_layer(ctx)
+        look = look_of(ctx, self.asked.blocks, self.heads, len(self.shown))
+        reading = read_again(self.model, prompt.ids, ctx, look)
         self._stack(ctx, received, reading)
-        facts = self._facts(group, prompts, index, look, shown)
+        facts = {
+            "group": group, "shown": shown, "unit": -(-look.n // UNITS),
+            **prompt_facts(prompts, index, look, self.prepared.tokenizer, text=self._text(prompts, shown=shown)),
+        }  # fmt: skip
         self._store_shots(number, ctx, received, shown=shown)
         if shown:
             self._store(number, received, reading, facts)
@@ -166,27 +169,6 @@ class Mapper:
         batch = PrefillBatch("map", prompts.key, 0, count, count, tuple(cells))
         return self.prefillers[prompts.key.query].run(prompts, batch, [index], names)[index]
 
-    def _look(self, ctx: Context) -> Look:
-        n = ctx.n
-        per_head = SMALL_MAPS // (ctx.layers * ctx.heads * len(self.shown))
-        small = min(LARGEST, max(SMALLEST, int(per_head**0.5)))
-        rows = {"all": maps.measured_rows(0, n), "question": maps.measured_rows(question_start(ctx.regions), n)}
-        return Look(n, -(-n // self.asked.blocks), self.heads.pairs, -(-n // small), rows)
-
-    def _read(self, ids: Sequence[int], ctx: Context, look: Look) -> Reading:
-        """The prompt once more, in chunks, each behind the keys that are there already."""
-        state = Reading(look, ctx.keys, ctx.values, self.model.attn)
-        device = self.model.device
-        with patched(self.model.hf, state):
-            for start in range(0, ctx.n, CHUNK):
-                tokens = torch.tensor([ids[start : start + CHUNK]], device=device)
-                positions = torch.arange(start, start + tokens.shape[1], device=device)[None]
-                state.start = start
-                self.model.hf(
-                    tokens, position_ids=positions, use_cache=False, logits_to_keep=torch.tensor([0], device=device)
-                )
-        return state
-
     def _stack(self, ctx: Context, received: list[Tensor], reading: Reading) -> None:
         """What every prompt has, whatever its length."""
         self._push("measures", torch.stack([reading.means(name) for name in SETS]))
@@ -203,22 +185,14 @@ class Mapper:
     def _push(self, name: str, value: Tensor) -> None:
         self.stacks.setdefault(name, []).append(value)
 
-    def _facts(self, group: int, prompts: PromptSet, index: int, look: Look, shown: bool) -> dict[str, Any]:
-        prompt, sample, task = prompts.prompts[index], prompts.samples[index], prompts.task
-        hidden = task.harmful and not self.asked.config.store_prompts
-        tokens = None if hidden or not shown else [prompt.token_text(i) for i in range(look.n)]
-        return {
-            "group": group, "sample": sample.id, "n": look.n, "shown": shown, "hidden": hidden,
-            "regions": [[r.label, r.start, r.end] for r in prompt.regions], "tokens": tokens,
-            "block": look.block, "small": look.small, "unit": -(-look.n // UNITS),
-            "measured": {name: len(rows) for name, rows in look.rows.items()},
-            "queries": {"all": look.n, "question": look.n - question_start(prompt.regions)},
-            "truncated": prompt.truncated, "unknown": _unknown(self.prepared.tokenizer, prompt.ids),
-        }  # fmt: skip
+    def _text(self, prompts: PromptSet, *, shown: bool) -> bool | None:
+        """Whether tokens are written out; None where that must not be."""
+        hidden = prompts.task.harmful and not self.asked.config.store_prompts
+        return None if hidden else shown
 
     def _store_shots(self, number: int, ctx: Context, received: list[Tensor], *, shown: bool) -> None:
         """What shots receive: of every prompt averaged over heads, of those that are drawn per head too."""
-        layers = [[_of_spans(each, spans).cpu() for spans in ctx.shots()] for each in received]
+        layers = [[of_spans(each, spans).cpu() for spans in ctx.shots()] for each in received]
         none = torch.zeros(len(SETS), 0, ctx.layers, ctx.heads)
         mass = (
             torch.stack([torch.stack(of_layer, 1) for of_layer in layers], 2) if layers[0] else none
@@ -231,7 +205,7 @@ class Mapper:
         """What only prompts that are drawn have."""
         every = torch.stack([each.cpu() for each in received], 1)  # [sets, L, H, n]
         mean, most = reading.map()
-        units = _in_units(every, facts["unit"])
+        units = in_units(every, facts["unit"])
         if units[0].numel() * len(SETS) * len(self.shown) > RECEIVED:
             units = units.mean(2, keepdim=True)
         found = {
@@ -265,7 +239,7 @@ class Mapper:
         held = kept_pairs(kept, ctx.kv_heads, ctx.n)  # [L, H_kv or 1, n]
         shares = [float(h.double().mean()) for h in held]
         held = [torch.nn.functional.pad(h, (0, facts["n"] - ctx.n), value=True) for h in held]
-        thrown = torch.stack([_thrown(each, rows) for each, rows in zip(received, held, strict=True)], 1)
+        thrown = torch.stack([thrown_away(each, rows) for each, rows in zip(received, held, strict=True)], 1)
         entry |= {
             "flags": sorted(choice.selection.flags), "kept": sum(shares) / len(shares), "by_layer": shares,
             "thrown_by_layer": {name: thrown[i].mean(-1).tolist() for i, name in enumerate(SETS)},
@@ -277,84 +251,3 @@ class Mapper:
             self.arrays[name] = np.packbits(torch.stack([h.expand(most, -1) for h in held]).numpy(), axis=-1)
             self.arrays[f"{name}.thrown"] = thrown.float().numpy()
         return entry
-
-    def _meta(self, prompts: list[dict[str, Any]]) -> dict[str, Any]:
-        prepared, shapes = self.prepared, self.model.shapes
-        return {
-            "schema": SCHEMA,
-            "model": {
-                **prepared.identity, "name": prepared.request.source.text, "short": prepared.request.source.short,
-                "dtype": prepared.dtype, "layers": shapes.layers, "heads": shapes.heads,
-                "kv_heads": shapes.kv_heads[0],
-            },
-            "chosen": {"layer": self.heads.layer, "head": self.heads.head, "note": self.heads.note},
-            "sinks": maps.SINKS, "local": maps.LOCAL, "shares": list(maps.SHARES), "measures": list(maps.MEASURES),
-            "sets": list(SETS),
-            "kinds": list(KINDS), "curves": list(maps.CURVES), "groups": list(self._groups()), "prompts": prompts,
-            "provenance": provenance.collect(),
-        }  # fmt: skip
-
-    def _groups(self) -> Iterator[dict[str, Any]]:
-        sets = [group.whole for group in self.groups]
-        for s in sets:
-            key, label = s.key, _label(s.key, [other.key for other in sets])
-            yield {"task": s.task.name, "label": label, "ability": s.task.ability, "shots": key.shots,
-                   "shot_seed": key.shot_seed, "shot_order": key.shot_order, "harmful": s.task.harmful,
-                   "samples": len(s.samples)}  # fmt: skip
-
-
-def _label(key: PromptKey, keys: Sequence[PromptKey]) -> str:
-    """A task's name, and in what its prompts are unlike those of the same task beside it."""
-    alike = [other for other in keys if other.task == key.task]
-    said = {
-        "shots": f"{key.shots} shot{'s' * (key.shots != 1)}", "shot_seed": f"shot seed {key.shot_seed}",
-        "shot_order": f"shot order {key.shot_order}",
-    }  # fmt: skip
-    unlike = [text for name, text in said.items() if len({getattr(other, name) for other in alike}) > 1]
-    return ", ".join([key.task, *unlike])
-
-
-def _unknown(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-    """Positions of tokens in whose place the model sees its token for unknown words."""
-    unknown = tokenizer.unk_token_id
-    if unknown is None or unknown == tokenizer.eos_token_id:
-        return []
-    return [i for i, token in enumerate(ids) if token == unknown]
-
-
-def _received(ctx: Context) -> list[Tensor]:
-    """Per layer [sets, H, n] float32: the mean attention that each key receives from the queries of a set."""
-    counts = (ctx.n, ctx.n - question_start(ctx.regions))
-    return [
-        torch.stack([ctx.column_sum(layer, name) / count for name, count in zip(SETS, counts, strict=True)])
-        for layer in range(ctx.layers)
-    ]
-
-
-def kept_pairs(kept: Kept, kv_heads: int, n: int) -> list[Tensor]:
-    """Per layer bool [H_kv, n], [1, n] where its heads are all alike: which pairs stay."""
-    found = []
-    for form in kept:
-        alike = not isinstance(form, list) and form.dim() == 1
-        held = torch.zeros(1 if alike else kv_heads, n, dtype=torch.bool)
-        for row, positions in zip(held, head_positions(form, len(held)), strict=True):
-            row[positions.cpu()] = True
-        found.append(held)
-    return found
-
-
-def _thrown(received: Tensor, held: Tensor) -> Tensor:
-    """[sets, H]: attention that goes to pairs which are not held; received [sets, H, n], held [H_kv or 1, n]."""
-    group = received.shape[1] // held.shape[0]
-    gone = ~held.repeat_interleave(group, 0).to(received.device)
-    return (received.double() * gone).sum(-1).cpu()
-
-
-def _in_units(received: Tensor, unit: int) -> Tensor:
-    """Sums over units of so many tokens: [..., n] -> [..., ceil(n / unit)]."""
-    padded = torch.nn.functional.pad(received, (0, -received.shape[-1] % unit))
-    return padded.unflatten(-1, (-1, unit)).sum(-1)
-
-
-def _of_spans(received: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
-    return torch.stack([received[..., start:end].sum(-1) for start, end in spans]).sum(0)

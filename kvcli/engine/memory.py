@@ -14,12 +14,19 @@ CHUNK = 8192
 """Prompt tokens that run through the model together: longer prompts run in pieces, so that activations stay bounded."""
 
 
+Layer = tuple[int, int, int]
+"""Of one layer of a row: slots, bytes of a slot, and bytes that do not depend on their number."""
+
+
 @dataclass(frozen=True)
 class Room:
-    """Limits of one decode batch: bytes of its padded cache, and rows; None = no limit."""
+    """Limits of one decode batch: bytes of its padded cache and of what its rows hold themselves, and rows; None = no
+    limit. figures: the bytes are those of positions, of methods' figures per slot and of rows' own memory too; in
+    folders of earlier versions they are those of the cache's pairs alone."""
 
     bytes: int | None = None
     rows: int | None = None
+    figures: bool = True
 
     def tally(self) -> Tally:
         return Tally(self)
@@ -45,11 +52,17 @@ def batches(rows: Sequence[tuple[Row, int]], room: Room) -> Iterator[list[int]]:
 
 @dataclass
 class Tally:
-    """The size of a batch while rows are added: every row is padded to the longest one, layer by layer."""
+    """The size of a batch while rows are added: every row is padded to the longest one, layer by layer, and what its
+    method keeps per slot to the widest. own: memory of the rows themselves, by its address; rows may share it."""
 
     room: Room
     rows: int = 0
-    slots: list[int] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+    own: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return self._bytes(self.rows, self.layers) + sum(self.own.values())
 
     def fits(self, row: Row, new: int) -> bool:
         """Whether the batch stays within its room with this row and its `new` tokens."""
@@ -57,22 +70,30 @@ class Tally:
             return False
         if self.room.bytes is None:
             return True
-        return (self.rows + 1) * _row_bytes(row, self._with(row, new)) <= self.room.bytes
+        own = {**self.own, **self._own(row)}
+        return self._bytes(self.rows + 1, self._with(row, new)) + sum(own.values()) <= self.room.bytes
 
     def add(self, row: Row, new: int) -> None:
-        self.rows, self.slots = self.rows + 1, self._with(row, new)
+        self.rows, self.layers = self.rows + 1, self._with(row, new)
+        self.own |= self._own(row)
 
-    def _with(self, row: Row, new: int) -> list[int]:
-        own = [row.most(layer, new) for layer in range(row.layers)]
-        return [max(a, b) for a, b in zip(self.slots, own, strict=True)] if self.slots else own
+    def _own(self, row: Row) -> dict[int, int]:
+        return row.own if self.room.figures else {}
 
+    @staticmethod
+    def _bytes(rows: int, layers: Sequence[Layer]) -> int:
+        return rows * sum(slots * slot + once for slots, slot, once in layers)
 
-def _row_bytes(row: Row, slots: list[int]) -> int:
-    """Bytes of one row padded to so many slots per layer."""
-    return sum(
-        count * (keys.shape[0] * keys.shape[-1] + values.shape[0] * values.shape[-1]) * keys.element_size()
-        for count, keys, values in zip(slots, row.keys, row.values, strict=True)
-    )
+    def _with(self, row: Row, new: int) -> list[Layer]:
+        own = [self._layer(row, layer, new) for layer in range(row.layers)]
+        if not self.layers:
+            return own
+        return [(max(a, x), max(b, y), max(c, z)) for (a, b, c), (x, y, z) in zip(self.layers, own, strict=True)]
+
+    def _layer(self, row: Row, layer: int, new: int) -> Layer:
+        pair = sum(x.shape[0] * x.shape[-1] * x.element_size() for x in (row.keys[layer], row.values[layer]))
+        slot, once = row.beside(layer) if self.room.figures else (0, 0)
+        return row.most(layer, new), pair + slot, once
 
 
 def is_out_of_memory(error: BaseException) -> bool:

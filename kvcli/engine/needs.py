@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from kvcli.errors import KvcliError
 from kvcli.kvpress import client as kvpress
-from kvcli.models import profiles
+from kvcli.models import bases, profiles
 from kvcli.models.source import parse_model
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ HANDLES = {
     "o_proj": "an output projection that is known",
 }
 """Parts of the model that a method reads, and what a model without them lacks."""
-GIVEN = re.compile(r"head_profile(:.+)?|kvpress")
-"""Met from outside: a profile of the model's heads, a worker in another environment."""
+GIVEN = re.compile(r"head_profile(:.+)?|bases:(weights|\d+:.*)|kvpress")
+"""Met from outside: a profile of the model's heads, bases of its keys and values, a worker in another environment."""
 
 
 def strange(names: Iterable[str]) -> list[str]:
@@ -43,13 +43,20 @@ def captured(names: Iterable[str]) -> set[str]:
     return {name for name in names if STATISTICS.fullmatch(name)}
 
 
-def lacking(model: Model, names: Iterable[str]) -> str:
+def lacking(model: Model, names: Collection[str]) -> str:
     """What of a method's needs the model cannot give; empty where it gives all."""
     parts = {name.partition(":")[0] for name in names}
     if ("rope" in parts or "q_moments" in parts) and model.rope is None:
         return HANDLES["rope"]
     if "o_proj" in parts and model.o_proj is None:
         return HANDLES["o_proj"]
+    if bases.WEIGHTS in names:
+        from kvcli.models.projections import key_value_projections
+
+        try:
+            key_value_projections(model)
+        except ValueError as e:
+            return str(e)
     if "q_moments" in parts:
         try:
             _ = model.unrotate
@@ -58,7 +65,7 @@ def lacking(model: Model, names: Iterable[str]) -> str:
     return ""
 
 
-def require(model: Model, methods: Mapping[str, Iterable[str]]) -> None:
+def require(model: Model, methods: Mapping[str, Collection[str]]) -> None:
     """methods: text -> its needs. Raises KvcliError that names the methods which cannot run on this model."""
     found = {method: lacking(model, names) for method, names in methods.items()}
     missing = {method: why for method, why in found.items() if why}
@@ -75,9 +82,17 @@ def given(model: Model, names: Collection[str]) -> dict[str, Callable[[], Any]]:
     found: dict[str, Callable[[], Any]] = {}
     for name in filter(profiles.is_profile, names):
         found[name] = partial(_same, profiles.profile_of(parse_model(model.name), name))
+    for name in filter(bases.is_bases, names):
+        found[name] = cache(partial(_bases, model, name))
     if "kvpress" in names:
         found["kvpress"] = partial(_same, kvpress.kept)
     return found
+
+
+def _bases(model: Model, need: str) -> Any:
+    from kvcli.models.directions import bases_of
+
+    return bases_of(model, need)
 
 
 def _same(value: Any) -> Any:

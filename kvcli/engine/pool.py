@@ -3,110 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from decimal import Decimal
-from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvcli.cache.budget import Budget
 from kvcli.cache.kv_cache import CompressedCache
-from kvcli.cache.rows import STORED_BYTES, Kept, Row, head_positions
+from kvcli.cache.rows import STORED_BYTES, Row, head_positions
 from kvcli.cache.workspace import Workspace
-from kvcli.grammar import round_half_up
+from kvcli.engine.pool_rows import Clock, PoolRow, State
 from kvcli.methods.base import Method
 from kvcli.methods.composed import merge_of
 from kvcli.methods.generating import Generating
-
-State = dict[str, Tensor]
-
-NO_CAP = 1 << 40
-"""More pairs than any row will have: where a method's own rule says what leaves."""
-
-
-@dataclass(frozen=True)
-class Cap:
-    """How many pairs of a KV head may stay after t generated tokens (docs/architecture.md).
-
-    prompt: pairs of the prompt per KV head as an exact number (r_p n, or the --budget); ratio r_d or size N: what is
-    kept of the generated tokens; fixed: the pool does not grow. least: never fewer generated ones (`separate`).
-    own: the method's rule alone decides. strict: what is protected stays whole, `whole` pairs at least.
-    """
-
-    separate: bool
-    prompt: Decimal
-    ratio: Decimal | None = None
-    size: int | None = None
-    fixed: bool = False
-    least: int = 1
-    own: bool = False
-    strict: bool = False
-    whole: int = 0
-
-    @classmethod
-    def of(cls, decode: dict[str, Any], budget: Budget, method: Method) -> Cap:
-        """decode: a cell's settings."""
-        prompt = Decimal(budget.per_head) if budget.ratio is None else budget.ratio * budget.n
-        ratio = Decimal(decode["ratio"]) if "ratio" in decode else None
-        separate = method.decoding == "separate"
-        fixed, own = decode.get("cap") == "fixed", method.decoding == "own"
-        strict = budget.strict_window
-        kept = method.decode_whole() if strict else 0
-        return cls(separate, prompt, ratio, decode.get("budget"), fixed, method.decode_least(), own, strict, kept)
-
-    def at(self, t: int) -> int:
-        """Of the whole pool (unified) or of the generated tokens (separate)."""
-        return NO_CAP if self.own else max(self.whole, self.asked(t))
-
-    def asked(self, t: int) -> int:
-        """The same by the settings alone."""
-        if self.separate:
-            size = self.size if self.size is not None else round_half_up((self.ratio or Decimal(0)) * t)
-            return max(self.least, size)
-        if self.fixed:
-            return max(1, round_half_up(self.prompt))
-        if self.size is not None:
-            return max(1, round_half_up(self.prompt)) + min(t, self.size)
-        return max(1, round_half_up(self.prompt + (self.ratio or 0) * t))
-
-    @lru_cache(maxsize=256)  # noqa: B019  (rows of one batch have few different caps)
-    def upto(self, tokens: int) -> list[int]:
-        """at(0), ..., at(tokens)."""
-        return [self.at(t) for t in range(tokens + 1)]
-
-
-@dataclass
-class PoolRow(Row):
-    """A row that evicts while it generates. n: prompt tokens; state: per layer what `decode_start` gave; interval:
-    tokens between two evictions; true: positions of the kept pairs in the prompt, where `kept` counts other ones;
-    facts: per layer figures [H_kv] of whole heads; beyond: per layer [H_kv], how many pairs more than `cap` the pool of
-    each head may hold; places: where `state` has the figures of the kept pairs, if not at their positions."""
-
-    n: int = 0
-    cap: Cap | None = None
-    state: Sequence[State] = field(default_factory=tuple)
-    interval: int = 1
-    true: Kept | None = None
-    facts: Sequence[State] = field(default_factory=tuple)
-    beyond: Sequence[Tensor] = field(default_factory=tuple)
-    places: Kept | None = None
-
-    def most(self, layer: int, room: int) -> int:
-        assert self.cap is not None
-        beyond = int(self.beyond[layer].max()) if len(self.beyond) else 0
-        again = max(self.lengths(layer)) + 1  # the last one may be fed again
-        return _most(self.cap, again, self.interval, room, beyond)
-
-
-@lru_cache(maxsize=4096)
-def _most(cap: Cap, start: int, interval: int, room: int, beyond: int = 0) -> int:
-    """Pairs that a head of `start` pairs ever holds over `room` generated tokens."""
-    frozen = start if cap.separate else beyond
-    free = min(interval, room)  # tokens before the first eviction
-    later = cap.upto(room)[free:]
-    return max(start + free, *(min(start + t, frozen + size + interval) for t, size in enumerate(later, free)))
 
 
 class PoolCache(CompressedCache):
@@ -154,6 +61,9 @@ class PoolCache(CompressedCache):
         over = (view.competing.sum(-1) - view.cap[:, :, 0]).clamp_min(0) * due
         return lowest(self.method.decode_rank(view), view.position, view.competing, over)
 
+    def nbytes(self) -> int:
+        return super().nbytes() + sum(layer.slots.nbytes() for layer in self.layers)
+
     def payload(self, row: int) -> int:
         return sum(
             int((layer.slots.position[row] >= 0).sum())
@@ -180,56 +90,6 @@ def lowest(rank: Tensor, position: Tensor, competing: Tensor, count: Tensor) -> 
     return torch.zeros_like(competing).scatter(-1, order, first)
 
 
-class Clock:
-    """What all layers of a batch share: whose prompt is how long, how many tokens were generated, what may stay.
-
-    n, newest, due [R, 1]; caps [R, T + 1].
-    """
-
-    def __init__(self, n: Tensor, interval: Tensor, caps: Tensor, strict: bool = False) -> None:
-        self.n, self.interval, self.caps, self.strict = n, interval, caps, strict
-        self.newest = self.t = torch.zeros_like(n)
-        self.alive = torch.ones_like(n, dtype=torch.bool)
-        self.due, self.anything_due = self.alive, False
-        self._next: tuple[object, Clock] | None = None
-
-    @classmethod
-    def of(cls, rows: Sequence[PoolRow], rooms: Sequence[int]) -> Clock:
-        device = rows[0].keys[0].device
-        caps = [row.cap.upto(room) for row, room in zip(rows, rooms, strict=True) if row.cap is not None]
-        long = max(map(len, caps))
-        table = torch.tensor([c + c[-1:] * (long - len(c)) for c in caps], device=device)
-        n, interval = (torch.tensor([[x] for x in xs], device=device) for xs in zip(
-            *((row.n, row.interval) for row in rows), strict=True))  # fmt: skip
-        return cls(n, interval, table, any(row.cap.strict for row in rows if row.cap is not None))
-
-    def tick(self, positions: Tensor) -> None:
-        """positions [R, 1]: of the tokens that are fed now."""
-        self.newest, self.t = positions, (positions - self.n + 1).clamp(0, self.caps.shape[1] - 1)
-        self.due = (self.t > 0) & (self.t % self.interval == 0) & self.alive
-        self.anything_due = bool(self.due.any())
-
-    @property
-    def cap(self) -> Tensor:
-        """[R, 1]: pairs that may stay now."""
-        return self.caps.gather(1, self.t)
-
-    def next(self, keep: Sequence[int], entering: Clock | None) -> Clock:
-        """The clock of the reformed batch; the same one for all its layers."""
-        key = (tuple(keep), id(entering))
-        if self._next is None or self._next[0] != key:
-            self._next = key, self._reformed(torch.tensor(keep, dtype=torch.long, device=self.n.device), entering)
-        return self._next[1]
-
-    def _reformed(self, keep: Tensor, entering: Clock | None) -> Clock:
-        parts = [(self.n[keep], self.interval[keep], self.caps[keep])]
-        if entering is not None:
-            parts.append((entering.n, entering.interval, entering.caps))
-        long = max(caps.shape[1] for _, _, caps in parts)
-        wide = [torch.cat([c, c[:, -1:].expand(-1, long - c.shape[1])], 1) for _, _, c in parts]
-        return Clock(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), torch.cat(wide), self.strict)
-
-
 class Pool:
     """Which slots of one layer hold which positions, and the method's figures for them.
 
@@ -239,9 +99,10 @@ class Pool:
     """
 
     def __init__(self, clock: Clock, separate: bool, position: Tensor, state: State, last: State, facts: State,
-                 beyond: Tensor | None, longest: list[int], most: list[int]) -> None:  # fmt: skip
+                 beyond: Tensor | None, longest: list[int], most: list[int],
+                 wide: list[dict[str, torch.Size]]) -> None:  # fmt: skip
         self.clock, self.separate, self.position, self.state, self.last = clock, separate, position, state, last
-        self.facts, self.beyond, self.longest, self.most = facts, beyond, longest, most
+        self.facts, self.beyond, self.longest, self.most, self.wide = facts, beyond, longest, most, wide
 
     @classmethod
     def of(cls, clock: Clock, layer: int, rows: Sequence[PoolRow], rooms: Sequence[int]) -> Pool:
@@ -249,11 +110,12 @@ class Pool:
         longest = [max(row.lengths(layer)) for row in rows]
         most = [row.most(layer, room) for row, room in zip(rows, rooms, strict=True)]
         position = torch.full((len(rows), heads, max(most)), -1, device=device)
+        sizes = [{name: x.shape[2:] for name, x in row.state[layer].items()} for row in rows]
         state: State = {}
         last: State = {}
         for name, first in rows[0].state[layer].items():
             given = [row.state[layer][name] for row in rows]
-            wide = _widest([x.shape[2:] for x in given])
+            wide = _widest([each[name] for each in sizes])
             state[name] = first.new_zeros(len(rows), first.shape[0], max(most), *wide)
             last[name] = torch.stack([_sized(x[:, -1], (x.shape[0], *wide)) for x in given])
         for r, row in enumerate(rows):
@@ -270,11 +132,15 @@ class Pool:
         names = rows[0].facts[layer] if len(rows[0].facts) else {}
         facts = {name: torch.stack([row.facts[layer][name].to(device) for row in rows]) for name in names}
         beyond = torch.stack([row.beyond[layer].to(device) for row in rows]) if len(rows[0].beyond) else None
-        return cls(clock, separate, position, state, last, facts, beyond, longest, most)
+        return cls(clock, separate, position, state, last, facts, beyond, longest, most, sizes)
 
     @property
     def slots(self) -> int:
         return max(self.position.shape[2], 1)
+
+    def nbytes(self) -> int:
+        """Bytes of the positions and of the method's figures."""
+        return sum(x.nbytes for x in (self.position, *self.state.values(), *self.last.values()))
 
     def used(self, new: int) -> int:
         return max(min(have + new, most) for have, most in zip(self.longest, self.most, strict=True))
@@ -330,13 +196,14 @@ class Pool:
     def reformed(self, keep: Sequence[int], entering: Pool | None) -> Pool:
         index = torch.tensor(keep, dtype=torch.long, device=self.position.device)
         longest, most = [self.longest[r] for r in keep], [self.most[r] for r in keep]
+        sizes = [self.wide[r] for r in keep]
         pools = [(self.position[index], {k: v[index] for k, v in self.state.items()},
                   {k: v[index] for k, v in self.last.items()})]  # fmt: skip
         facts = {k: v[index] for k, v in self.facts.items()}
         beyond = None if self.beyond is None else self.beyond[index]
         clock = self.clock.next(keep, None if entering is None else entering.clock)
         if entering is not None:
-            longest, most = longest + entering.longest, most + entering.most
+            longest, most, sizes = longest + entering.longest, most + entering.most, sizes + entering.wide
             pools.append((entering.position, entering.state, entering.last))
             facts = {k: torch.cat([v, entering.facts[k]]) for k, v in facts.items()}
             if beyond is not None and entering.beyond is not None:
@@ -346,10 +213,10 @@ class Pool:
         state: State = {}
         last: State = {}
         for k in self.state:
-            wide = _widest([s[k].shape[3:] for _, s, _ in pools])
+            wide = _widest([each[k] for each in sizes])
             state[k] = torch.cat([_sized(s[k], (*s[k].shape[:2], slots, *wide)) for _, s, _ in pools])
             last[k] = torch.cat([_sized(x[k], (*x[k].shape[:2], *wide)) for _, _, x in pools])
-        return Pool(clock, self.separate, position, state, last, facts, beyond, longest, most)
+        return Pool(clock, self.separate, position, state, last, facts, beyond, longest, most, sizes)
 
 
 def _heads_of(kv_head: int, kv_heads: int, figures: int) -> range:

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kvcli.config import SweepConfig, stable_hash
-from kvcli.engine.plan import PromptKey
+from kvcli.engine.cells import PromptKey
 from kvcli.errors import KvcliError
 from kvcli.evals.spec import Sample, Task
 from kvcli.spans import question_start

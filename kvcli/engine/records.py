@@ -9,11 +9,12 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from kvcli.cache.rows import STORED_BYTES, kept_counts, payload_bytes
+from kvcli.engine.cells import Cell
 from kvcli.engine.fidelity import Distance
 from kvcli.engine.generate import Generated
-from kvcli.engine.plan import Cell
 from kvcli.engine.prompts import PromptSet
 from kvcli.engine.selecting import kept_share
+from kvcli.evals.coherence import incoherent
 from kvcli.evals.spec import Sample
 from kvcli.methods.base import Method, Selection
 from kvcli.results.schema import FIELDS, SAVED_DIGITS, SCHEMA
@@ -84,6 +85,7 @@ def ok_record(
         flags=sorted(flags), notes=selection.notes,
         kv_bytes={"full": dense, "prefill": kept, "end": end, "read": _whole(output.read), "match": matched},
         alloc_bytes=output.alloc, repetition=repetition(output.ids),
+        incoherent=None if output.loglikelihoods else incoherent(output.text, score.extra),
         kept_by_region={k: round(t / s, 4) for k, (t, s) in by_region.items() if s},
         options=[round(v, 8) for v in output.loglikelihoods] or None,
         truncated=prompt.truncated,

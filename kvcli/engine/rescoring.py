@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvcli.errors import KvcliError
+from kvcli.evals.coherence import incoherent
 from kvcli.evals.loader import find_tasks
 from kvcli.evals.spec import Sample, Task
 from kvcli.grammar import task_base
@@ -63,6 +64,8 @@ class Tally:
     after: float = 0.0
     left_out: Counter[str] = field(default_factory=Counter)
     """Why -> how many were left as they are."""
+    told: int = 0
+    """Records that did not say, or otherwise, whether their output is text."""
 
 
 @dataclass
@@ -133,25 +136,33 @@ def with_score(record: Record, question: Question, verdict: Mapping[str, float])
 
     Where a judge gave none, nothing shows that the request was refused: 0, and no answer.
     """
-    score = question.task.judged(question.sample, record["output"] or "", record.get("options") or ())
+    output, options = record["output"] or "", record.get("options") or ()
+    score = question.task.judged(question.sample, output, options)
     metric, value, extracted = question.task.metric, score.value, score.extracted
     if verdict and metric in JUDGED:
         metric, value = JUDGED[metric], verdict["defended"]
         extracted = None if verdict["no_verdict"] else extracted
     new = {"score": round(value, SAVED_DIGITS), "metric": metric, "extracted": extracted,
-           "extra": {**score.extra, **verdict}, "target": question.sample.answer}  # fmt: skip
+           "extra": {**score.extra, **verdict}, "target": question.sample.answer,
+           "incoherent": None if options else incoherent(output, score.extra)}  # fmt: skip
     return {**dict.fromkeys(FIELDS), **record, **new}
 
 
 def differs(old: Record, new: Record) -> bool:
+    """What `changed` counts."""
     return any(old.get(name) != new.get(name) for name in ("score", "metric", "extracted", "extra", "target"))
+
+
+def outdated(old: Record, new: Record) -> bool:
+    """Whether a new line is written: also of one that only did not say yet whether its output is text."""
+    return differs(old, new) or old.get("incoherent") != new["incoherent"]
 
 
 def rescore(
     folder: Folder, judge: Judge | None = None, *, forget: bool = False, dry_run: bool = False,
     progress: Callable[[int, int, str], None] = lambda done, total, label: None, argv: Iterable[str] = (),
 ) -> list[Tally]:  # fmt: skip
-    """Writes a new line for every record whose score changes. Returns what was done per task and method.
+    """Writes a new line for every record that says something else by now. Returns what was done per task and method.
 
     judge: asked about the records that have no verdict of its own yet. forget: verdicts that are there are dropped. A
     run that is stopped keeps what is written; the same command goes on.
@@ -181,10 +192,10 @@ def _score_all(
         tally.records += 1
         tally.before += record["score"]
         tally.after += new["score"]
-        if differs(record, new):
-            tally.changed += 1
-            if store is not None:
-                store.append(new)
+        tally.changed += differs(record, new)
+        tally.told += record.get("incoherent") != new["incoherent"]
+        if store is not None and outdated(record, new):
+            store.append(new)
         current[_key(record)] = new
     return current
 

@@ -17,12 +17,14 @@ from kvcli.weights.spec import DENSE
 
 @dataclass
 class Models:
-    """Hands out the model of a run. note: told what pruning did, for run.json; stop: asked between two layers."""
+    """Hands out the model of a run. note: told what pruning did, for run.json; stop: asked between two layers; watch:
+    told, before each layer, which one is pruned."""
 
     prepared: Prepared
     say: Callable[[str], None]
     note: Callable[[str, dict[str, Any]], None]
     stop: Callable[[], bool]
+    watch: Callable[[str], None] = lambda text: None
     weights: str = DENSE
     _hf: Any = None
 
@@ -72,11 +74,15 @@ class Models:
         assert kind.pruning is not None
         texts = self.prepared.calibration[weights]
         self.say(f"pruning: {weights}, calibrated on {len(texts)} texts, {sum(map(len, texts)):,} tokens")
-        report = prune_model(self._hf, texts, kind.pruning, given=f"--weights {weights}",
-                             between=lambda done, layers: self.stop())  # fmt: skip
+        report = prune_model(self._hf, texts, kind.pruning, given=f"--weights {weights}", between=self._between)
         file = kind.calibration
         source = {"file": file.path, "sha": file.sha} if file else {"file": None, "sha": None}
         self.note(weights, {**report.facts(), "calibration": source, "seed": kind.pruning.seed})
         self.say(
             f"pruned: {100 * report.sparsity:.2f} % of {report.parameters:,} weights in {report.matrices} matrices"
         )
+
+    def _between(self, done: int, layers: int) -> bool:
+        """Says how far pruning is; True where it is to stop."""
+        self.watch(f"pruning layer {done + 1} of {layers}")
+        return self.stop()

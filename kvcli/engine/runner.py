@@ -14,11 +14,12 @@ from kvcli.attention.patch import Idle, patched
 from kvcli.cache.workspace import Workspace
 from kvcli.engine.asking import Asker
 from kvcli.engine.asking import Options as Options
+from kvcli.engine.cells import Anchor, Cell, PromptKey
 from kvcli.engine.comparing import Comparer
 from kvcli.engine.decoding import Decoding
 from kvcli.engine.memory import Room, is_out_of_memory
 from kvcli.engine.needs import require
-from kvcli.engine.plan import MAX_DECODE_ROWS, WAVES, Anchor, Cell, DecodeBatch, Plan, PrefillBatch, PromptKey
+from kvcli.engine.plan import MAX_DECODE_ROWS, WAVES, DecodeBatch, Plan, PrefillBatch
 from kvcli.engine.prefilling import Prefiller
 from kvcli.engine.prompts import PromptSet
 from kvcli.engine.records import error_record
@@ -86,7 +87,8 @@ class Runner:
         self.outcome = Outcome()
         self.memory = Workspace()
         rows = self.options.decode_rows
-        self.room = Room(self.options.memory, max(rows, MAX_DECODE_ROWS) if self.options.memory else rows)
+        most = max(rows, MAX_DECODE_ROWS) if self.options.memory else rows
+        self.room = Room(self.options.memory, most, self.options.figures)
         self.seen = self.total = 0
         self.completed = False
         """Whether this run has finished a decode batch with something new in it: one that is stopped is repeated whole,

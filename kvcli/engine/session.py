@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcli.config import GRID, HOUSEKEEPING, SweepConfig
+from kvcli.engine.cells import Cell, make_cells
+from kvcli.engine.checking import Request
 from kvcli.engine.estimate import Estimate, Sizes, estimate, rows_that_fit
-from kvcli.engine.plan import MAX_DECODE_ROWS, Cell, Generation, Plan, make_cells
-from kvcli.engine.prepare import Prepared, Request, cell_facts, prepare
+from kvcli.engine.plan import MAX_DECODE_ROWS, Generation, Plan
+from kvcli.engine.prepare import Prepared, cell_facts, prepare
 from kvcli.errors import KvcliError
 from kvcli.evals.loader import text_of
 from kvcli.methods import catalog
@@ -44,6 +46,8 @@ class Session:
     decode_rows: int
     cache_bytes: int
     """Bytes that the caches of one decode batch may take."""
+    figures: bool
+    """Whether what methods keep beside the pairs counts among them."""
     folder: Path
     done: set[tuple[str, str]]
     """(cell, sample) pairs that already have a record."""
@@ -55,6 +59,7 @@ class Session:
             self.plan, {c.id for c in self.wanted}, self.prepared.prompt_sets, Sizes.of(config),
             _itemsize(self.prepared), self.decode_rows, length, self.done, self.prepared.request.config.limit,
             {c.method: catalog.build(c.method) for c in self.plan.cells.values()}, self.cache_bytes,
+            self.prepared.request.config.fidelity,
         )  # fmt: skip
 
 
@@ -97,9 +102,11 @@ def open_session(request: Request, say: Callable[[str], None], *, writing: bool 
         rows, room = again.get("decode_rows") or _rows(prepared, MAX_DECODE_ROWS), again.get("cache_bytes")
     if room is None:
         room = rows * Sizes.of(prepared.model_config).kv_elements * _itemsize(prepared) * _longest(prepared)
+    figures = bool(request.config.memory or batching.get("figures", not batching))
     run = {**old, "identity": identity, "generations": generations,
-           "batching": {**batching, "decode_rows": rows, "cache_bytes": room, "prefill_rows": own}}  # fmt: skip
-    return Session(prepared, plan, wanted, run, rows, room, folder, done)
+           "batching": {**batching, "decode_rows": rows, "cache_bytes": room, "figures": figures,
+                        "prefill_rows": own}}  # fmt: skip
+    return Session(prepared, plan, wanted, run, rows, room, figures, folder, done)
 
 
 OUTGROWN = ("shot_seed",)
@@ -258,7 +265,7 @@ def execute(
         options = Options(
             session.decode_rows, config.keep_maps, config.store_prompts, config.max_new_tokens, config.ignore_eos,
             config.strict_window, config.deterministic, config.fidelity, session.cache_bytes, config.temperature,
-            config.top_p,
+            config.top_p, session.figures,
         )  # fmt: skip
         runner = Runner(
             None, session.plan, prepared.prompt_sets, store, options, stop, progress,  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 
@@ -54,6 +54,17 @@ _VOWELS = frozenset("aeiouy")
 _ONE = ("CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "IDEOGRAPHIC", "BOPOMOFO")
 _UNSPACED = (*_ONE, "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 """Alphabets written without blanks between words: each character counts as a word."""
+
+
+INCOHERENT = "incoherent"
+"""What scorers that look at this themselves call it in `extra`."""
+
+
+def incoherent(output: str, extra: Mapping[str, float]) -> bool:
+    """Whether a generated answer is no text. extra: its scorer's figures, whose word counts where they have one: of a
+    request only what stands behind the thoughts of a reasoning model is looked at."""
+    said = extra.get(INCOHERENT)
+    return bool(why_incoherent(output)) if said is None else said > 0
 
 
 def why_incoherent(text: str) -> str | None:

@@ -9,9 +9,11 @@ from typing import Any
 
 from kvcli import __version__
 from kvcli.config import SweepConfig
+from kvcli.engine.cells import PromptKey, make_cells
+from kvcli.engine.checking import check
 from kvcli.engine.estimate import Sizes, rows_that_fit
-from kvcli.engine.plan import MAX_DECODE_ROWS, Generation, PromptKey, make_cells, make_plan
-from kvcli.engine.prepare import cell_facts, check, prepare
+from kvcli.engine.plan import MAX_DECODE_ROWS, Generation, make_plan
+from kvcli.engine.prepare import cell_facts, prepare
 from kvcli.engine.prompts import PromptSet
 from kvcli.engine.reweighting import Models
 from kvcli.engine.runner import Options, Runner

@@ -54,7 +54,7 @@ class Place:
 
 
 class Worker:
-    """One process of the worker script."""
+    """One process of the worker (`kvcli/kvpress/worker`)."""
 
     def __init__(self, python: str) -> None:
         self.python = python
@@ -158,10 +158,10 @@ class Worker:
     def _start(self) -> None:
         """Raises KvcliError where this is no Python with the kvpress that the table of presses was read from."""
         self._starts += 1
-        script = Path(__file__).with_name("worker.py")
+        folder = Path(__file__).with_name("worker")
         try:
             process = subprocess.Popen(
-                [self.python, "-E", str(script)],
+                [self.python, "-E", str(folder)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )  # fmt: skip
         except OSError as e:
@@ -196,8 +196,8 @@ class Worker:
 
     def _check(self, hello: dict[str, Any]) -> None:
         versions = hello["versions"]
-        fix = f"{self.python} -m pip install kvpress=={VERSION} transformers==5.2.0"
-        if Path(self.python).resolve() == Path(sys.executable).resolve() or versions.get("kvcli"):
+        fix = f"{self.python} -m pip install kvpress=={VERSION} transformers==5.2.0 torch==2.13.0"
+        if versions.get("kvcli"):
             fix = "an environment of its own: python3 -m venv kvpress-env (docs/kvpress.md has the lines)"
         for name in ("kvpress", "transformers", "torch"):
             if not versions.get(name):

@@ -17,13 +17,12 @@ VERSION = "0.5.5"
 class Press:
     """What kvcli must know of a press beyond its constructor.
 
-    scope: where its budget binds. masks: it hides pairs behind fake keys instead of evicting them. counts: how its
-    ratio becomes a number of pairs (kvcli.kvpress.shares). knob: it has no ratio, the named argument decides.
-    attention: the implementation it needs. refused: why it cannot be measured, empty where it can.
+    scope: where its budget binds. counts: how its ratio becomes a number of pairs (kvcli.kvpress.shares). knob: it has
+    no ratio, the named argument decides. attention: the implementation it needs. refused: why it cannot be measured,
+    empty where it can.
     """
 
     scope: Literal["head", "layer", "model"] = "head"
-    masks: bool = False
     counts: Literal["kept", "removed"] = "kept"
     knob: str = ""
     attention: Literal["sdpa", "eager"] = "sdpa"
@@ -41,7 +40,7 @@ _DECODES = "it acts while tokens are generated, which kvcli does itself"
 _ABSTRACT = "it is a base class"
 
 PRESSES: dict[str, Press] = {
-    "AdaKVPress": Press("layer", masks=True, any_attention=False),
+    "AdaKVPress": Press("layer", any_attention=False),
     "BasePress": Press(refused=_ABSTRACT),
     "BlockPress": Press(any_attention=False),
     "CAMPress": Press(refused=_DECODES),
@@ -52,24 +51,24 @@ PRESSES: dict[str, Press] = {
     "CompactorPress": Press(random="always"),
     "ComposedPress": Press(refused="it chains presses with ratios of their own; give one press"),
     "CompressionRatioDecodingPress": Press(refused=_DECODES),
-    "CriticalAdaKVPress": Press("layer", masks=True, any_attention=False),
+    "CriticalAdaKVPress": Press("layer", any_attention=False),
     "CriticalKVPress": Press(),
-    "DMSPress": Press("model", masks=True, knob="threshold", any_attention=False),
+    "DMSPress": Press("model", knob="threshold", any_attention=False),
     "DecodingPress": Press(refused=_DECODES),
-    "DuoAttentionPress": Press("model", masks=True, knob="head_compression_ratio"),
+    "DuoAttentionPress": Press("model", knob="head_compression_ratio"),
     "EntropyGatedChunkKVPress": Press(any_attention=False),
     "ExpectedAttentionPress": Press(),
     "ExpectedAttentionStatsPress": Press(),
-    "FastKVzipPress": Press("model", masks=True, counts="removed"),
+    "FastKVzipPress": Press("model", counts="removed"),
     "FinchPress": Press(refused="it needs a delimiter token in the prompt, and " + _REROTATES),
     "KVComposePress": Press("model"),
-    "KVgradPress": Press("model", masks=True, counts="removed"),
+    "KVgradPress": Press("model", counts="removed"),
     "KVzapPress": Press(),
-    "KVzipPress": Press("model", masks=True, counts="removed"),
+    "KVzipPress": Press("model", counts="removed"),
     "KeyDiffPress": Press(),
     "KeyRerotationPress": Press(refused=_REROTATES),
     "KnormPress": Press(),
-    "LUKVPress": Press("model", masks=True, any_attention=False),
+    "LUKVPress": Press("model", any_attention=False),
     "LagKVPress": Press(),
     "LeverageScorePress": Press(random="always"),
     "MergingPress": Press(refused="it writes what it evicts into the values it keeps; kvcli's own: METHOD+merge"),

@@ -46,9 +46,12 @@ def _sentence_ends(ctx: Context, start: int, end: int) -> list[int]:
     if ctx.token_text is None:
         return []
     ends = []
+    behind = ""
     for i in range(start, end):
         text, following = ctx.token_text(i), ctx.token_text(i + 1) if i + 1 < end else " "
-        closed = re.search(r"[.!?][\"')\]]*\Z", text.rstrip()) and (text != text.rstrip() or following[:1].isspace())
+        behind = (behind + text)[-16:]  # a closing quote may be a token of its own
+        stop = text.strip() and re.search(r"[.!?][\"')\]]*\Z", behind.rstrip())
+        closed = stop and (text != text.rstrip() or following[:1].isspace())
         if closed or re.search(r"[。！？]\Z", text.rstrip()):
             ends.append(i + 1)
     return ends

@@ -229,7 +229,12 @@ class Transform(Method):
     def select(self, ctx: Context, budget: Budget) -> Selection:
         import torch
 
-        return Selection([torch.arange(ctx.n)] * ctx.layers)
+        kept = [torch.arange(ctx.n)] * ctx.layers
+        return Selection(kept, notes=self.notes(ctx, kept))
+
+    def notes(self, ctx: Context, kept: Sequence[Tensor | list[Tensor]]) -> dict[str, Any]:
+        """What a record says of the form in which these pairs are stored."""
+        return {}
 
     @abstractmethod
     def store(self, ctx: Context, layers: Sequence[Sequence[Block]]) -> list[list[Stored]]:

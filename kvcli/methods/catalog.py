@@ -357,7 +357,12 @@ def _value(field: dataclasses.Field[Any], text: str, part: Part) -> Any:
 
 def cards() -> list[dict[str, Any]]:
     """The declared facts of all named methods, benchmark's own first."""
-    return sorted((find(name).card() for name in usable()), key=lambda c: (c["tier"], c["name"]))
+    return sorted(map(_card, usable()), key=lambda c: (c["tier"], c["name"]))
+
+
+def _card(name: str) -> dict[str, Any]:
+    """What a method declares, and what it reads with its defaults."""
+    return {**find(name).card(), "needs": sorted(_build(Part(name)).needs())}
 
 
 def usable() -> list[str]:

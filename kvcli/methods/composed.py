@@ -62,6 +62,8 @@ class Composed(Method):
 
     def select(self, ctx: Context, budget: Budget) -> Selection:
         selection: Selection = self.evictor.select(ctx, budget)
+        if self.transform is not None:
+            selection.notes |= self.transform.notes(ctx, selection.kept)
         return selection
 
     def decodes(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvcli.methods._ranked import RankedMethod
-from kvcli.methods.base import Selection, setting
+from kvcli.methods.base import Domain, Selection, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +35,7 @@ class LagKV(RankedMethod):
     paper = "arXiv:2504.04704"
     tier = 2
     signed = True
+    domain = Domain(floor="(sinks + the last whole partition and what follows it) / n")
     protects = "the first tokens, the last whole partition and what follows it; all of them, whatever the budget"
 
     sinks: int = setting(16, ge=0, help="first tokens, always kept", paper="16")

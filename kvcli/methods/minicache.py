@@ -28,8 +28,9 @@ class MiniCache(Transform):
     Source: arXiv:2405.14366, sections 4.1 to 4.3; start at half of the depth as the authors' page has it
     (AkideLiu/MiniCache), gamma 0.05 as a public summary of their table of thresholds has it (neurips.cc/virtual/2024,
     poster 93380; more gamma keeps more tokens), t 0.6 as a public guide to reproducing it has it; the authors published
-    no code. Differs: the inequality that picks the unmerged tokens is this project's reading (one public reading has
-    it count from the smallest angle up, which would keep nearly all of them); directions are taken per KV head, each
+    no code. Differs: the inequality that picks the unmerged tokens is this project's reading of the abstract's "highly
+    distinct" pairs (a public transcription of the formula counts from the smallest angle up, which would keep the most
+    similar ones); directions are taken per KV head, each
     with its own range of angles, because heads are read separately; generated pairs are not merged, because a layer's
     pair is read before the next layer's exists; where a method evicted before it, both layers must hold the same
     tokens, so evictors whose layers choose apart are refused.

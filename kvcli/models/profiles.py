@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcli.errors import KvcliError
+from kvcli.models import bases, places
 from kvcli.models.source import ModelSource, fingerprint
 
 NEED = "head_profile"
@@ -70,11 +70,14 @@ def profile_of(source: ModelSource, need: str) -> HeadProfile:
 
 
 def check_profiles(source: ModelSource, needs: Iterable[str], config: Any = None) -> str | None:
-    """Reads the profiles among a method's needs before anything runs; what tells their numbers apart, or None.
+    """Reads the profiles and the files of bases among a method's needs before anything runs; what tells their numbers
+    apart, or None.
 
-    config: the model's, once it is loaded: a profile of another shape is refused. Raises KvcliError.
+    config: the model's, once it is loaded: a file of another shape is refused. Raises KvcliError.
     """
-    found = [(need, profile_of(source, need)) for need in sorted(filter(is_profile, needs))]
+    wanted = sorted(needs)
+    found = [(need, profile_of(source, need)) for need in filter(is_profile, wanted)]
+    files = [bases.header_of(source, need) for need in filter(bases.is_file, wanted)]
     for need, each in found:
         if config is not None:
             layers, heads = config.num_hidden_layers, config.num_attention_heads
@@ -82,7 +85,13 @@ def check_profiles(source: ModelSource, needs: Iterable[str], config: Any = None
                 what = f"the head profile has {len(each.heads)} layers of {len(each.heads[0])} heads, not this model's"
                 given = need.partition(":")[2] or str(own_place(source) or cache_place(source))
                 raise KvcliError(what, given=given, fix=command(source))
-    return _digest([each for _, each in found]) if found else None
+    if config is not None:
+        for header in files:
+            header.check(config, source)
+    digests = [_digest([each for _, each in found])] * bool(found) + [header.digest for header in files]
+    return (
+        hashlib.sha256(",".join(digests).encode()).hexdigest()[:12] if len(digests) > 1 else next(iter(digests), None)
+    )
 
 
 def _digest(found: Sequence[HeadProfile]) -> str:
@@ -100,11 +109,10 @@ def load_profile(source: ModelSource | str | Path, path: str | None = None) -> H
         source = ModelSource(str(source), "folder", str(source))
     if path is not None:
         return read_profile(Path(path).expanduser())
-    places = [own_place(source), cache_place(source)]
-    for place in filter(None, places):
+    for place in filter(None, (own_place(source), cache_place(source))):
         if place.is_file():
             found = read_profile(place)
-            if _revision(found.model) != _revision(fingerprint(source)):
+            if places.revision(found.model) != places.revision(fingerprint(source)):
                 what = f"{place} was made for other weights than this model's"
                 raise KvcliError(what, given=f"--model {source.text}", fix=f"{command(source)} --out {place}")
             return found
@@ -129,24 +137,17 @@ def command(source: ModelSource) -> str:
 
 def own_place(source: ModelSource) -> Path | None:
     """In the model's own folder; None for a model without one."""
-    return Path(source.place) / FILE if source.kind in ("testbed", "folder") else None
+    return places.own(source, FILE)
 
 
 def cache_place(source: ModelSource) -> Path:
     """In the user's cache, by the model's fingerprint."""
-    return _cached(source, ".json")
+    return places.cached(source, ".json")
 
 
 def gates_place(source: ModelSource, sinks: int, recent: int) -> Path:
     """The folder of its trained gates in the user's cache."""
-    return _cached(source, f"-gates-{sinks}-{recent}")
-
-
-def _cached(source: ModelSource, ending: str) -> Path:
-    facts = fingerprint(source)
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "kvcli" / "head-profiles" / f"{source.short}-{digest}{ending}"
+    return places.cached(source, f"-gates-{sinks}-{recent}")
 
 
 def existing(place: Path, source: ModelSource, how: dict[str, Any], *, force: bool) -> HeadProfile | None:
@@ -162,18 +163,11 @@ def existing(place: Path, source: ModelSource, how: dict[str, Any], *, force: bo
     if not place.exists():
         return None
     have = read_profile(place)
-    other = [f"{k} {have.how[k]}, now {v}" for k, v in how.items() if k in have.how and have.how[k] != v]
-    if _revision(have.model) != _revision(fingerprint(source)):
-        other.insert(0, "other weights")
+    other = places.otherwise(source, have.model, have.how, how)
     if other and not force:
         what = f"{place} was made otherwise ({'; '.join(other)})"
         raise KvcliError(what, given=f"--model {source.text}", fix="--force replaces it, --out writes elsewhere")
     return have
-
-
-def _revision(facts: dict[str, Any]) -> Any:
-    """What tells weights apart: of folders the hash alone, so that a folder may be moved or renamed."""
-    return facts if "/" in str(facts.get("model", "")) else facts.get("revision")
 
 
 def read_profile(path: Path) -> HeadProfile:
@@ -228,7 +222,7 @@ def write_profile(profile: HeadProfile, path: Path) -> None:
     rows = facts.pop("heads")
     head = json.dumps(facts, indent=1)[:-2]
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
-    _write(path, f'{head},\n "heads": [\n{lines}\n ]\n}}\n')
+    places.write(path, f'{head},\n "heads": [\n{lines}\n ]\n}}\n'.encode())
 
 
 def write_gates(profile: HeadProfile, folder: Path) -> None:
@@ -241,11 +235,6 @@ def write_gates(profile: HeadProfile, folder: Path) -> None:
     }  # fmt: skip
     facts = {**theirs, "kvcli": {"model": profile.model, "samples": profile.samples, "how": how}}
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / CONFIG, json.dumps(facts, indent=1) + "\n")
-    _write(folder / TRAINED, "".join("\t".join(f"{x:.18e}" for x in row) + "\n" for row in profile.heads))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    places.write(folder / CONFIG, (json.dumps(facts, indent=1) + "\n").encode())
+    rows = "".join("\t".join(f"{x:.18e}" for x in row) + "\n" for row in profile.heads)
+    places.write(folder / TRAINED, rows.encode())

@@ -55,6 +55,7 @@ FIELDS: dict[str, str] = {
     "alloc_bytes": "bytes the engine's padded batch really held for this row",
     "kept_by_region": "{region: share kept}, mean over layers and KV heads",
     "repetition": "share of the answer's 4-grams that had come before; null below 5 tokens",
+    "incoherent": "whether the answer is no text (docs/safety.md has the rules); null where options are chosen from",
     "fidelity": "{kl, top1, nll, tokens, first_divergence, identical}: against full's own output; null = not measured",
     "seconds": "{prefill, select, decode, shared}: shared=true: times of the engine, not of the method",
     "prompt_sha": "key into prompts.jsonl",
@@ -63,7 +64,7 @@ FIELDS: dict[str, str] = {
 
 KEY = ("cell_id", "sample_id")
 
-LATER = frozenset({"weights", "match", "shot_seed", "shot_order", "options", "truncated", "context"})
+LATER = frozenset({"weights", "match", "shot_seed", "shot_order", "options", "truncated", "context", "incoherent"})
 """Fields that records of the same schema may lack: they were written before the field was there."""
 
 

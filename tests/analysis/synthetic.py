@@ -181,6 +181,7 @@ def record(**values: Any) -> dict[str, Any]:
     """One record with every field of the schema; those not given are null."""
     line: dict[str, Any] = dict.fromkeys(FIELDS)
     line.update(schema=SCHEMA, query="aware", status="ok", flags=[], settings={}, output="", seconds={}, n_new=5)
+    line.update(incoherent=None if values.get("status") == "error" else False)
     line.update(values)
     check_record(line)
     return line

@@ -112,7 +112,7 @@ def test_verdicts_of_pairs_are_said_in_lines(tmp_path: Path) -> None:
     first = run(tmp_path / "one", 90)
     said = lines(first, run(tmp_path / "two", 40))
     assert said[0].startswith("one is ahead in 1 of 2 pairs: t a at 0.2 50.0 points [")
-    assert said[1] == "not established in 1 of 2 pairs."
+    assert said[1] == "Not established in 1 of 2 pairs."
     assert lines(run(tmp_path / "low", 40), run(tmp_path / "high", 90))[0].startswith("low is behind in 1 of 2 pairs")
 
 

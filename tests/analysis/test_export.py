@@ -270,6 +270,7 @@ def test_lm_eval_figures(run: Run, tmp_path: Path) -> None:
     assert found["n-shot"] == {"sums": 4, "attacks": 8} and found["versions"] == {"sums": "1", "attacks": "2"}
     assert found["config"]["model_args"] == "pretrained=testbed,method=snapkv,ratio=0.2"
     assert found["config"]["kvcli"]["measured_ratio"]["sums"] == pytest.approx(0.21)
+    assert found["config"]["kvcli"]["outputs"]["sums"] == {"no_answer": 0.25, "incoherent": 0.0, "cut_at_limit": 0.25}
     lines = lines_of(next(folder.glob("samples_sums_*.jsonl")))
     assert [s["doc_id"] for s in lines] == [0, 1, 2, 3] and [s["accuracy"] for s in lines] == scores
     assert [s["arguments"]["gen_args_0"]["arg_0"] for s in lines] == [f"prompt {i}" for i in range(4)]
@@ -363,6 +364,14 @@ def test_every_eval_ever_figures(run: Run, tmp_path: Path) -> None:
     assert result["score_details"]["score"] == summary.score
     assert (ends["lower"], ends["upper"]) == (summary.interval.low, summary.interval.high)
     assert result["generation_config"]["additional_details"]["ratio"] == "0.2"
+    shares = {
+        name: float(result["score_details"]["details"][name]) for name in ("no_answer", "incoherent", "cut_at_limit")
+    }
+    assert shares == {
+        "no_answer": summary.no_answer,
+        "incoherent": summary.incoherent,
+        "cut_at_limit": summary.truncated,
+    }
     assert {r["metric_config"]["score_type"] for r in log["evaluation_results"]} == {"binary", "continuous"}
 
 

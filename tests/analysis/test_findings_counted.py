@@ -190,3 +190,15 @@ def test_every_shipped_task_of_long_generation_counts_as_one() -> None:
 class _Named:
     def __init__(self, task: str) -> None:
         self.task = task
+
+
+def test_no_finding_counts_a_table_whose_full_gives_too_few_answers(tmp_path: Path) -> None:
+    lines = fifty("t", N, 280, 200)
+    silent = [{**line, "extracted": None} if i < 0.21 * N else line for i, line in enumerate(lines)]
+    assert findings.chunks_on_many_shots(data_of(tmp_path / "read", lines)).outcome is Outcome.HOLDS
+    data = data_of(tmp_path / "silent", silent)
+    assert silent[0]["method"] == "full" and findings.chunks_on_many_shots(data).outcome is Outcome.UNTESTED
+    found = findings.findings([data])[3]
+    assert plain(found.said) == "Not used, for more than 20 % of full's outputs hold no answer: t."
+    edge = [{**line, "extracted": None} if i < 0.2 * N else line for i, line in enumerate(lines)]
+    assert findings.chunks_on_many_shots(data_of(tmp_path / "edge", edge)).outcome is Outcome.HOLDS

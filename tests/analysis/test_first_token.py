@@ -56,3 +56,14 @@ def test_pairs_are_the_family_and_those_established_are_listed(tmp_path: Path) -
 def test_there_is_no_section_where_one_way_was_run(tmp_path: Path) -> None:
     data = data_of(tmp_path, cell("t", "full", "1", right(N, N)) + cell("t", "a", "0.1", right(5, N)))
     assert first_token_section(data.scores, data.tables) is None
+
+
+def test_tasks_that_full_answers_by_one_token_are_named(tmp_path: Path) -> None:
+    """Its two generated tokens are the answer and the end."""
+    lines = [line | {"n_new": 2} for line in cell("t", "full", "1", right(N, N)) + both(53, 57)]
+    long = cell("u", "full", "1", right(N, N)) + cell("u", "a", "0.1", right(9, N))
+    long += cell("u", "a", "0.1", right(9, N), first_token="prefill")
+    data = data_of(tmp_path, lines + [line | {"n_new": 30} for line in long])
+    part = first_token_section(data.scores, data.tables)
+    assert part is not None and isinstance(part.blocks[0], Paragraph)
+    assert "Here full answers by one token, and what ends it, in t. " in plain(part.blocks[0].text)

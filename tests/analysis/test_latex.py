@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from kvcli.analysis.marked import Grid, Section
 from kvcli.analysis.reading.load import load_run
 from kvcli.analysis.reports.contents import contents
-from kvcli.analysis.reports.latex import escaped, latex
+from kvcli.analysis.reports.latex import latex
+from kvcli.analysis.reports.latex_text import escaped, section
 from tests.analysis.synthetic import GOLDEN, METHODS, RATIOS, TASKS, Spec, build, small
 from tests.analysis.tables_of import cell, folder_of, right, tasks
 
@@ -71,7 +73,11 @@ def test_losses_are_bold_and_over_budget_is_marked(tmp_path: Path) -> None:
 def test_sections_that_the_text_speaks_of_are_there_and_notes_are_no_warnings(tmp_path: Path) -> None:
     text = text_of(small(tmp_path / "run"))
     heads = re.findall(r"\\subsubsection\*\{(.*?)\}", text)
-    assert heads == ["Verdict", "Sanity warnings", "First token: compressed against prefill"]
+    assert heads == [
+        "Verdict", "Sanity warnings", "Method against method, at the same bytes",
+        "Mean over tasks: share kept of what full has above chance", "The paper's six findings, on this run",
+        "First token: compressed against prefill",
+    ]  # fmt: skip
     assert "in a section of its own" in text
     lines = cell("t", "full", "1", right(30, 60)) + cell("t", "a", "0.1", right(10, 60))
     facts = tasks(t={"too_long": 2, "reference": {"testbed": 0.9}})
@@ -84,7 +90,7 @@ def test_sections_that_the_text_speaks_of_are_there_and_notes_are_no_warnings(tm
 def test_flags_stand_above_and_shares_unlike_fulls_behind_a_difference(tmp_path: Path) -> None:
     lines = cell("t", "full", "1", right(50, 50))
     for ratio, flags in (("0.1", ["fallback", "simulated"]), ("0.3", ["noop"]), ("0.5", ["unreachable"])):
-        lines += cell("t", "a", ratio, right(30, 50), flags=flags, repetition=0.9, n_new=99)
+        lines += cell("t", "a", ratio, right(30, 50), flags=flags, incoherent=True)
     text = text_of(folder_of(tmp_path / "run", lines))
     assert re.findall(r"textsuperscript\{(\w+)\}", text) == ["fs", "n", "u"]
     assert "f: fallback" in text and r"\textasciitilde{}100" in text
@@ -129,3 +135,32 @@ def test_it_compiles(tmp_path: Path, make: object) -> None:
     if "booktabs.sty' not found" in log:
         pytest.skip("this TeX has no booktabs")
     assert found.returncode == 0, log[-2000:]
+
+
+def test_points_of_the_findings_stand_under_them_and_those_of_the_verdict_are_in_tables(tmp_path: Path) -> None:
+    text = text_of(small(tmp_path / "run"))
+    verdict, found = (part_of(text, title) for title in ("Verdict", "The paper's six findings, on this run"))
+    assert verdict.count(r"\begin{itemize}") == 1
+    assert found.count(r"\begin{itemize}") > 1 and "1. Loss depends on the task" in found and "Needs:" in found
+
+
+def test_the_paper_s_numbers_and_its_notes_are_in_it(tmp_path: Path) -> None:
+    lines = cell("gsm8k", "full", "1", right(50, 60)) + cell("gsm8k", "snapkv", "0.1", right(40, 60))
+    run = load_run(folder_of(tmp_path / "run", lines, model="llama3.1-8b-instruct"))
+    found = part_of(latex(contents(run, paper="kvfundabench")), "Beside the numbers printed in KVFundaBench")
+    found = found.split(r"\begin{table}")[0]
+    assert found.count(r"\toprule") == 1 and "snapkv" in found and "Its prompts, templates and settings" in found
+    assert "Beside the numbers" not in latex(contents(run))
+
+
+def test_a_long_grid_goes_on_in_another_table_and_its_words_have_room(tmp_path: Path) -> None:
+    words = " ".join(["word"] * 40)
+    grid = Grid(("task", "n", "said"), [[f"t{i}", str(i), words] for i in range(30)], frozenset({1}))
+    text = "\n".join(section(Section("key", "title", [grid])))
+    assert text.count(r"\begin{tabular}{lrp{0.80\linewidth}}") == text.count(r"\end{tabular}") > 1
+    assert [f"t{i} & {i} & " in text for i in range(30)] == [True] * 30
+
+
+def part_of(text: str, title: str) -> str:
+    """The section of that title."""
+    return text.split(rf"\subsubsection*{{{title}", 1)[1].split(r"\subsubsection*", 1)[0]

@@ -168,7 +168,7 @@ def test_tasks_facts_reach_the_page(tmp_path: Path) -> None:
 def test_full_with_other_weights_has_its_verdict_and_details_what_could_be_seen(tmp_path: Path) -> None:
     lines = cell("t", "full", "1", right(60, 60)) + cell("t", "a", "0.5", right(60, 60))
     lines += cell("t", "full", "1", right(30, 60), weights="wanda:0.5")
-    lines += cell("t", "a", "0.5", right(30, 60), weights="wanda:0.5", repetition=0.9, n_new=99)
+    lines += cell("t", "a", "0.5", right(30, 60), weights="wanda:0.5", incoherent=True)
     made = contents(load_run(folder_of(tmp_path, lines)))
     dense, same, pruned, last = data_in(page(made, figures=False))["rows"]
     change, kind, flags, incoherent, detectable = 11, 19, 20, 9, 28
@@ -206,3 +206,22 @@ def test_the_page_has_one_p_and_says_what_is_unadjusted(tmp_path: Path) -> None:
     html = html_of(with_texts(tmp_path / "run"))
     assert "p by itself" not in html and '"p (Holm)"' in html
     assert "points to full [95\\u00a0%, unadjusted]" in html
+
+
+def test_a_prompt_whose_kept_tokens_are_marked_is_shown_whole(tmp_path: Path) -> None:
+    import numpy as np
+
+    folder = with_texts(tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    prompts = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    for entry in prompts:
+        entry["text"] = entry["text"] + "x" * flips.LONGEST
+        entry["offsets"][-1] = len(entry["text"])
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in prompts))
+    assert not any(chunk["marks"] for chunk in chunks_in(html_of(folder)))
+    for line in lines:
+        path = folder / "kept" / line["task"] / line["sample_id"] / f"{line['cell_id']}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, heads=np.array([2]), lengths=np.array([2, 1]), positions=np.array([0, 3, 3]))
+    for chunk in chunks_in(html_of(folder)):
+        assert chunk["marks"] and not any(cut for p in chunk["prompts"].values() for *_, cut in p["regions"])

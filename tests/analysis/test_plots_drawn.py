@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from kvcli.analysis.figures import bars, clashes
 from kvcli.analysis.figures import sheets as marks_of
 from kvcli.analysis.figures.files import sheets
 from kvcli.analysis.figures.kinds import KINDS, chosen
-from kvcli.analysis.figures.lines import APART, apart, mark
+from kvcli.analysis.figures.marks import APART, apart, mark
+from kvcli.analysis.figures.paging import fitted
 from kvcli.analysis.figures.style import MARKERS, Style, style
 from kvcli.analysis.reading.load import load_run
 from tests.analysis import figure_runs
@@ -111,6 +114,107 @@ def test_the_page_shows_in_marked_points(look: str, marker: str) -> None:
     assert hollow > half
 
 
+def test_type_in_print_is_six_points_at_least(tmp_path: Path) -> None:
+    from matplotlib.text import Text
+
+    for make, kinds in ((figure_runs.plain, "difference,score,kl,heatmap,pareto"), (figure_runs.shots, "shots,gain"),
+                        (figure_runs.needles, "needle")):  # fmt: skip
+        for kind in kinds.split(","):
+            for _, figure in drawn(make(tmp_path / make.__name__), kind, style("paper")):
+                figure.canvas.draw()
+                sizes = {text.get_fontsize() for text in figure.findobj(Text) if text.get_text().strip()}
+                assert min(sizes) >= 6, (kind, sizes)
+
+
+def test_numbers_of_shots_at_one_place_stand_beside_each_other(tmp_path: Path) -> None:
+    cells = []
+    for count in (0, 1, 2, 4, 8):
+        cells += [figure_runs.cell("gsm8k", m, r, shots=count, harm=0.0)
+                  for m, r in (("full", None), ("snapkv", "0.1"), ("snapkv", "0.5"))]  # fmt: skip
+    run = figure_runs.folder(tmp_path / "run", cells)
+    for look in (style(), style("paper")):
+        for sheet, figure in drawn(run, "shots", look):
+            ax, (panel,) = figure.axes[0], sheet.panels
+            at = sorted(x for line in ax.lines if line.get_linestyle() == "None" for x in line.get_xdata())
+            assert len(at) == sum(len(series.points) for series in panel.series)
+            points = ax.transData.transform([(x, 0.0) for x in at])[:, 0] * 72 / figure.dpi
+            assert np.diff(points).min() > look.mark
+            assert "moved apart sideways" in figure.get_label()
+
+
+def test_tasks_at_one_place_stand_around_it() -> None:
+    figure = Figure(figsize=(2, 2))
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(-10, 10), ylim=(-10, 10))
+    found = np.array(clashes.around(ax, [(0.0, 0.0)] * 8 + [(5.0, 5.0)], 5.0))
+    assert found[8] == pytest.approx([5, 5])
+    assert found[:8].mean(axis=0) == pytest.approx([0, 0], abs=1e-9)
+    points = found[:8] * 2 * 72 / 20
+    gaps = np.hypot(*(points[:, None] - points[None]).transpose(2, 0, 1)) + 99 * np.eye(8)
+    assert gaps.min() == pytest.approx(5.0)
+
+
+def grid(path: Path, methods: int, ratios: str) -> Path:
+    names = [f"method_{i}" for i in range(methods)]
+    tasks = [f"tb_{i}" for i in range(8)]
+    cells = [figure_runs.cell(task, "full", n=2) for task in tasks]
+    cells += [figure_runs.cell(task, m, r, n=2) for task in tasks for m in names for r in ratios.split()]
+    return figure_runs.folder(path, cells)
+
+
+NINE = "0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9"
+
+
+@pytest.mark.parametrize(
+    ("methods", "ratios", "kind"), [(9, NINE, "heatmap"), (70, "0.1", "heatmap"), (40, "0.1 0.3", "difference")]
+)
+def test_printed_pages_end_where_paper_does_and_together_show_everything(
+    tmp_path: Path, methods: int, ratios: str, kind: str
+) -> None:
+    look, shown, scales = style("paper"), [], set()
+    with mpl.rc_context(look.rc()):
+        for _, sheet in sheets(load_run(grid(tmp_path / "run", methods, ratios)), None, chosen([kind])):
+            pages = fitted(sheet, KINDS[kind].draw, look)
+            assert max(figure.get_figheight() for _, figure in pages) <= look.tallest
+            for page, _ in pages:
+                scales.add(getattr(page, "widest", None))
+                shown += [(g.asked, b.task, b.method) for g in getattr(page, "grids", ()) for b in g.boxes]
+                shown += [(p.asked, panel.key, s.key) for panel in getattr(page, "panels", ()) for s in panel.series
+                          for p in s.points]  # fmt: skip
+            assert len(pages) > 1 or kind != "heatmap"
+    assert len(shown) == len(set(shown)) == 8 * methods * len(ratios.split())
+    assert len(scales) == 1
+
+
+def test_many_bars_go_on_with_full_beside_them(tmp_path: Path) -> None:
+    path = figure_runs.bench(tmp_path / "bench") / "bench.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines() if '"batch_asked":1,' in line]
+    more = [{**line, "method": f"m{i}"} for i in range(30) for line in lines if line["method"] == "h2o"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *more]))
+    look = style("paper")
+    (found,) = bars.load(path.parent)
+    (sheet,) = KINDS["latency"].build(found)
+    with mpl.rc_context(look.rc()):
+        pages = fitted(sheet, KINDS["latency"].draw, look)
+    assert len(pages) > 1
+    assert all(panel.bars[0].method == "full" for page, _ in pages for panel in page.panels)
+    whole = [(panel.name, bar.method, bar.asked) for panel in sheet.panels for bar in panel.bars[1:]]
+    shown = [
+        (panel.name, bar.method, bar.asked) for page, _ in pages for panel in page.panels for bar in panel.bars[1:]
+    ]
+    assert sorted(shown) == sorted(whole)
+
+
+def test_one_method_has_a_front(tmp_path: Path) -> None:
+    cells = [figure_runs.cell("gsm8k", "full"), figure_runs.cell("gsm8k", "snapkv", "0.2")]
+    ((sheet, figure),) = drawn(figure_runs.folder(tmp_path / "run", cells), "pareto", style())
+    (panel,) = sheet.panels
+    steps = [line for line in figure.axes[0].lines if line.get_drawstyle() == "steps-post"]
+    assert len(steps) == 1
+    assert steps[0].get_xdata()[0] == pytest.approx(panel.spots[0].bytes / 1024)
+    assert np.ptp(steps[0].get_xdata()) > 0
+
+
 def test_one_shot_is_one(tmp_path: Path) -> None:
     cells = []
     for task in ("tb_code", "tb_recall"):
@@ -127,8 +231,6 @@ def test_printed_maps_have_the_width_of_one_or_two_columns(tmp_path: Path) -> No
     for make, kind in ((figure_runs.plain, "heatmap"), (figure_runs.shots, "heatmap"), (figure_runs.needles, "needle")):
         for number, (sheet, figure) in enumerate(drawn(make(tmp_path / make.__name__), kind, look)):
             widths[make.__name__, sheet.figure, number] = figure.get_figwidth()
-            sizes = [text.get_fontsize() for ax in figure.axes for text in ax.texts]
-            assert min(sizes) >= 5.5
     assert set(widths.values()) == {3.25, 6.75}, widths
 
 

@@ -11,7 +11,7 @@ import pytest
 from kvcli.analysis.figures.files import plot
 from kvcli.analysis.figures.kinds import chosen
 from kvcli.analysis.figures.layout import shortened, text_width, wrapped
-from kvcli.analysis.figures.style import COLOURS, LINES, MARKERS, THEMES, Look, looks, style
+from kvcli.analysis.figures.style import COLOURS, DASHES, MARKERS, THEMES, Look, looks, pattern, style
 from kvcli.analysis.reading.load import load_run
 from kvcli.errors import KvcliError
 from kvcli.evals.loader import suites
@@ -33,7 +33,7 @@ def test_a_look_does_not_change_with_the_methods_shown() -> None:
 def test_looks_are_these() -> None:
     """Figures of two papers show a method alike: a change of these is a change of every figure."""
     assert looks(["snapkv", "h2o", "shotkv", "streaming_llm"]) == {
-        "snapkv": Look(9, 6, 0), "h2o": Look(2, 0, 0), "shotkv": Look(4, 5, 0), "streaming_llm": Look(7, 4, 0),
+        "snapkv": Look(9, 6, 2), "h2o": Look(2, 0, 9), "shotkv": Look(4, 5, 0), "streaming_llm": Look(7, 4, 1),
     }  # fmt: skip
 
 
@@ -41,6 +41,7 @@ def test_methods_are_apart() -> None:
     found = looks(METHODS)
     assert len({found[name].colour for name in TIER_1}) == len(TIER_1)
     assert len({found[name].marker for name in TIER_1}) == len(TIER_1)
+    assert len({found[name].dash for name in TIER_1}) == len(TIER_1)
     assert len({(look.colour, look.marker) for look in found.values()}) == len(METHODS)
 
 
@@ -50,6 +51,18 @@ def test_tasks_of_a_suite_are_apart() -> None:
         assert len(set(found.values())) == len(tasks), suite
         if len(tasks) <= 8:
             assert len({(look.colour, look.marker) for look in found.values()}) == len(tasks), suite
+
+
+@pytest.mark.parametrize("suite", ["testbed", "testbed_deep", "kvfundabench"])
+def test_lines_of_tasks_are_told_apart_without_colour(suite: str) -> None:
+    found = looks(suites()[suite])
+    assert len({look.dash for look in found.values()}) == len(found)
+
+
+def test_dashes_differ_and_repeat_within_a_short_piece_of_a_line() -> None:
+    assert len({str(pattern(dash)) for dash in range(len(DASHES))}) == len(DASHES) == 10
+    assert all(sum(dashes) <= 14 for dashes in DASHES)
+    assert max(len(dashes) for dashes in DASHES) <= 8
 
 
 def test_two_names_of_one_look_are_told_apart_and_the_plainer_keeps_it() -> None:
@@ -62,9 +75,9 @@ def test_two_names_of_one_look_are_told_apart_and_the_plainer_keeps_it() -> None
 
 
 def test_as_many_looks_as_there_are_are_all_different() -> None:
-    most = len(COLOURS) * len(MARKERS) * len(LINES)
+    most = len(COLOURS) * len(MARKERS) * len(DASHES)
     names = [f"m{i}" for i in range(120)]
-    assert most == 300
+    assert most == 1000
     assert len(set(looks(names).values())) == len(names)
 
 

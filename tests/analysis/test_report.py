@@ -270,7 +270,7 @@ def test_seeds_and_draws_and_shots_are_counted_in_words(tmp_path: Path) -> None:
 
 
 def test_tables_say_that_intervals_are_unadjusted_and_show_both_relative_changes(tmp_path: Path) -> None:
-    lines = cell("t", "full", "1", right(50, 50)) + cell("t", "a", "0.5", right(40, 50), repetition=0.9, n_new=99)
+    lines = cell("t", "full", "1", right(50, 50)) + cell("t", "a", "0.5", right(40, 50), incoherent=True)
     text = section(text_of(folder_of(tmp_path / "run", lines, tasks=tasks(t={"chance": 0.5}))), "Tables")
     assert "| points to full [95 %, unadjusted] | relative | kept | p (Holm) |" in text
     row = next(line for line in text.splitlines() if line.startswith("| `a`"))
@@ -283,7 +283,7 @@ def test_flags_and_shares_stand_in_short_tables_too(tmp_path: Path) -> None:
     lines = cell("t", "full", "1", right(30, 30))
     for i in range(1, 62):
         flags = {1: ["noop"], 2: ["fallback", "simulated"]}.get(i, [])
-        lines += cell("t", "a", f"{i / 100:g}", right(30, 30), flags=flags, repetition=0.9 if i == 3 else 0, n_new=40)
+        lines += cell("t", "a", f"{i / 100:g}", right(30, 30), flags=flags, incoherent=i == 3)
     text = section(text_of(folder_of(tmp_path / "run", lines)), "Tables")
     (row,) = (line for line in text.splitlines() if line.startswith("| `a`"))
     fields = [field.strip() for field in row.strip("|").split("|")]
@@ -298,7 +298,7 @@ def test_a_run_made_from_python_names_its_settings(tmp_path: Path) -> None:
     meta = {"argv": ["kvcli"], "passed": {"tasks": ["tb_recall"], "limit": 16}, "model": {"kv_heads": [2] * 32}}
     text = text_of(build(tmp_path / "run", Spec(n=5, meta=meta)))
     assert "tasks = tb_recall, limit = 16" in section(text, "Provenance")
-    assert "| KV heads of a layer | 2 in each of 32 |" in text
+    assert "| KV heads of a layer | 2 in each of 32 layers |" in text
 
 
 def test_names_cannot_act_as_markdown(tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_one_table_over_all_tasks_for_each_size(tmp_path: Path) -> None:
 def test_the_table_over_tasks_names_warnings_and_needs_two_tasks(tmp_path: Path) -> None:
     spec = Spec([FakeTask("weak", 0.2, 0.1, chance=0.25), TASKS[2]], METHODS[1:2], n=20)
     over = section(text_of(build(tmp_path / "two", spec)), "All tasks at one size")
-    assert "| method | `weak`<sup>w</sup> | `tb_recall` |" in over and "w: has a sanity warning" in over
+    assert "| method | `weak`<sup>x</sup> | `tb_recall` |" in over and "x: nothing can be said" in over
     assert "All tasks at one size" not in text_of(build(tmp_path / "one", Spec(TASKS[:1], METHODS[:2], n=5)))
 
 
@@ -433,3 +433,17 @@ def test_pictures_stand_before_the_tables_as_the_docs_say(tmp_path: Path) -> Non
     assert page.index('<section id="tables">') < page.index('<section id="figures">')
     docs = Path(report.__file__).parents[3] / "docs" / "report.md"
     assert "9. **Tables** and figures (in Markdown the figures come first)" in docs.read_text()
+
+
+def test_a_folder_that_was_renamed_says_what_its_commands_called_it(tmp_path: Path) -> None:
+    argv = {"argv": ["kvcli", "sweep", "--out", "runs/other"]}
+    said = section(text_of(build(tmp_path / "run", Spec(n=5, meta=argv))), "Provenance")
+    assert "(its folder was `runs/other` and is `run` now, which `--out` has to name):" in said
+    same = section(text_of(build(tmp_path / "other", Spec(n=5, meta=argv))), "Provenance")
+    assert "The same command repeats or resumes this run:" in same
+
+
+def test_shots_are_said_once_above_a_table(tmp_path: Path) -> None:
+    text = section(text_of(build(tmp_path / "run", Spec(n=5))), "Tables")
+    lines = [line for line in text.splitlines() if "median prompt" in line]
+    assert lines and all(line.count("8 shots") == 1 for line in lines)

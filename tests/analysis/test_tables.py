@@ -11,6 +11,7 @@ from kvcli.analysis.reading.load import Run, load_run
 from kvcli.analysis.statistics import stats
 from kvcli.analysis.tables import wording
 from kvcli.analysis.tables.build import summarise
+from kvcli.analysis.tables.cells import told_by_circles
 from kvcli.analysis.tables.doubts import unlike_reference
 from kvcli.analysis.tables.table import CellSummary, TaskTable
 from kvcli.analysis.tables.worst_flip import worst_flip
@@ -132,28 +133,46 @@ def test_without_full_every_share_is_shown(tmp_path: Path) -> None:
     )
 
 
-def test_outputs_in_circles_have_a_share_of_their_own_and_options_have_none(tmp_path: Path) -> None:
+def test_outputs_that_are_no_text_have_a_share_of_their_own(tmp_path: Path) -> None:
     full, snap = (lines_of(m, [1.0] * 10) for m in ("full", "snapkv"))
     for line in full + snap:
+        line.update(n_new=200, repetition=0.9, incoherent=False)
+    snap[2]["incoherent"] = snap[7]["incoherent"] = True
+    run = run_of(tmp_path, full + snap)
+    table = summarise(run)[0]
+    assert table.full is not None and table.full.incoherent == 0.0, "the record's word counts, not its repetition"
+    assert only(table, "snapkv").incoherent == 0.2 and told_by_circles(run) == 0
+
+
+def test_of_older_records_outputs_in_circles_are_incoherent_and_options_never(tmp_path: Path) -> None:
+    full, snap = (lines_of(m, [1.0] * 10) for m in ("full", "snapkv"))
+    for line in full:
+        line.update(n_new=200, repetition=0.1, incoherent=None)
+    for line in snap:
+        del line["incoherent"]
         line.update(n_new=200, repetition=0.1)
     for line in snap[:3]:
         line.update(repetition=0.97)
     snap[4].update(repetition=0.9, n_new=8)
-    table = summarise(run_of(tmp_path / "a", full + snap))[0]
+    run = run_of(tmp_path / "a", full + snap)
+    table = summarise(run)[0]
+    assert told_by_circles(run) == 20
     assert table.full is not None and table.full.incoherent == 0.0
     assert (only(table, "snapkv").incoherent, only(table, "snapkv").no_answer) == (0.3, 0.0), "eight tokens do not tell"
     assert wording.shares(only(table, "snapkv"), table.full) == {"~": "~30"}
     assert wording.outputs(only(table, "snapkv")) == "no answer 0 %, incoherent 30 %, cut 0 %"
     for line in full + snap:
         line.update(n_new=0, repetition=None)
-    chosen = only(summarise(run_of(tmp_path / "b", full + snap))[0], "snapkv")
+    run = run_of(tmp_path / "b", full + snap)
+    chosen = only(summarise(run)[0], "snapkv")
+    assert told_by_circles(run) == 0, "of options nothing is to be told"
     assert chosen.incoherent is None and wording.outputs(chosen) == "no answer 0 %, cut 0 %"
 
 
 def test_what_the_scorer_calls_incoherent_counts_as_such(tmp_path: Path) -> None:
     lines = lines_of("full", [1.0] * 4)
     for line, said in zip(lines, (1.0, 1.0, 0.0, 0.0), strict=True):
-        line.update(extra={"incoherent": said}, repetition=0.9, n_new=50)
+        line.update(extra={"incoherent": said}, repetition=0.9, n_new=50, incoherent=None)
     full = summarise(run_of(tmp_path, lines))[0].full
     assert full is not None and full.incoherent == 0.5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -227,3 +228,45 @@ def test_no_tensor_of_all_pairs_is_made() -> None:
     assert mean.shape == most.shape == (512, 512)
     assert seen.elements <= max(1024 * 1024, (8 << 20) // 4 + 8 * n), f"{seen.elements:,} elements at once"
     assert reading.look.n * reading.look.n > 7 * seen.elements
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that tensors made meanwhile hold together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(each, Tensor) and each.untyped_storage().data_ptr() not in self.seen:
+                place, size = each.untyped_storage().data_ptr(), each.untyped_storage().nbytes()
+                self.seen.add(place)
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(each.untyped_storage(), self._gone, place, size)
+        return out
+
+    def _gone(self, place: int, size: int) -> None:
+        self.seen.discard(place)
+        self.now -= size
+
+
+def test_memory_grows_with_the_prompt_and_not_with_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peak bytes of the second reading at n and at 4 n: at most four times as many."""
+    monkeypatch.setitem(maps._BLOCK_BYTES, "cpu", 1 << 16)
+    model, peaks = small_model("llama", context=2048), {}
+    for n in (512, 2048):
+        ids = tiny.prompt(n, 7).ids
+        dense, _ = model.prefill_one(ids, Needs(), n - 1, chunk=128)
+        look = Look(n, n // 64, frozenset({(1, 2)}), n // 16, {"all": maps.measured_rows(0, n)[-64:]})
+        reading = Reading(look, dense.keys, dense.values)
+        with torch.inference_mode(), patched(model.hf, reading), Held() as held:
+            for start in range(0, n, 128):
+                reading.start = start
+                at = torch.arange(start, start + 128)[None]
+                model.hf(torch.tensor([ids[start : start + 128]]), position_ids=at, use_cache=False, logits_to_keep=1)
+        peaks[n] = held.most
+    assert 0 < peaks[2048] <= 4 * peaks[512], peaks

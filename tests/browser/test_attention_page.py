@@ -288,6 +288,28 @@ def test_the_page_has_curves_axes_and_shots(opened: Open, html: Path, atlas: Atl
     assert p.input_value("#measure") == "0", "the second task has no shots"
 
 
+def test_layers_by_shots_and_prompts_stand_side_by_side(opened: Open, tmp_path: Path) -> None:
+    from kvcli.analysis.attention.shots import shot_panels
+
+    atlas = made(context=False)
+    path = tmp_path / "page.html"
+    path.write_text(page(atlas), encoding="utf-8")
+    p = opened(path).page
+    assert p.locator("#shots canvas").count() == 2 and p.locator("#beside canvas").count() == 2
+    p.focus("#shots-1")
+    for key in ("ArrowDown", "ArrowRight", "ArrowRight"):
+        p.keyboard.press(key)
+    assert status(p).startswith("tb_safety, layer 1, shot 2: ")
+    value = float(status(p).partition("shot 2: ")[2].split()[0])
+    assert value == pytest.approx(shot_panels(atlas, "all")[1].values[1, 2], rel=0.01)
+    p.keyboard.press("q")
+    p.keyboard.press("ArrowLeft")
+    value = float(status(p).partition("shot 1: ")[2].split()[0])
+    assert value == pytest.approx(shot_panels(atlas, "question")[1].values[1, 1], rel=0.01)
+    p.click("#beside-1")
+    assert p.input_value("#prompt") == "1" and p.get_attribute("#beside-1", "aria-pressed") == "true"
+
+
 def test_one_token_is_selected(opened: Open, html: Path) -> None:
     p = opened(html).page
     p.focus("#tokens")

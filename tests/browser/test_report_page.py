@@ -102,7 +102,7 @@ def test_a_row_opens_to_its_changed_samples_and_their_texts_stay_text(opened: Op
     assert EVIL in p.locator(".flip .output").first.inner_text()
     assert EVIL in p.locator(".flip .prompt").first.inner_text()
     assert "shot 0" in p.locator(".flip .prompt").first.inner_text()
-    assert "kept by region: shot 0 25 %, question 100 %" in p.locator(".flip").first.inner_text()
+    assert "kept by region: shot 0: 25 %, question: 100 %" in p.locator(".flip").first.inner_text()
     assert p.locator(".flip script, .flip img").count() == 0
     assert p.title() == title
     row.click()

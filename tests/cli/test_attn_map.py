@@ -99,11 +99,11 @@ def test_files_samples_and_means(kvcli: Callable[..., Any], tmp_path: Path) -> N
 def test_harmful_prompts_are_not_shown_unless_stored(
     kvcli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvcli.engine import prepare
+    from kvcli.engine import checking
 
-    find = prepare.find_tasks
+    find = checking.find_tasks
     monkeypatch.setattr(
-        prepare, "find_tasks", lambda names: [dataclasses.replace(t, harmful=True) for t in find(names)]
+        checking, "find_tasks", lambda names: [dataclasses.replace(t, harmful=True) for t in find(names)]
     )
     command = ("attn-map", "--task", "tb_safety", "--html", "--limit", "1", "--format", "svg", "--method", "knorm")
     secret = "[safety]"

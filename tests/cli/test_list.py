@@ -45,6 +45,40 @@ def test_the_table_of_methods_gives_up_columns_before_words(kvcli, monkeypatch, 
     assert len(shown) == columns
 
 
+def test_what_a_narrow_table_of_methods_leaves_out_is_said(kvcli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "not shown on a screen this narrow: always keeps\n" in kvcli("list", "methods").err
+    monkeypatch.setenv("COLUMNS", "120")
+    assert "not shown" not in kvcli("list", "methods").err
+
+
+def test_one_method_with_its_definition_facts_and_settings(kvcli):
+    done = kvcli("list", "methods", "snapkv")
+    lines = [" ".join(line.split()) for line in done.out.splitlines()]
+    assert lines[0] == "SnapKV (snapkv)"
+    assert "paper arXiv:2404.14469" in lines and "the budget binds each KV head" in lines
+    assert any(line.startswith("window 32 at least 1 32;") for line in lines)
+    assert any(line.startswith("pool max max or avg") for line in lines)
+    assert "next: kvcli sweep --model testbed --method snapkv --ratio 0.3 --dry-run" in done.err
+    card = json.loads(kvcli("list", "methods", "Streaming-LLM".lower(), "--json").out)
+    assert card["name"] == "streaming_llm" and "arXiv:2309.17453" in card["about"] and "needs" in card
+
+
+def test_every_method_can_be_shown_and_its_next_command_is_one(kvcli):
+    from kvcli.methods import catalog
+
+    for name in catalog.own_names():
+        done = kvcli("list", "methods", name)
+        typed = done.err.partition("--method ")[2].split()[0]
+        assert done.code == 0 and str(catalog.find(name).title or name) in done.out
+        assert catalog.expand([typed]), "what is said can be typed"
+    assert " - " in kvcli("list", "methods", "kivi").out.partition("the budget binds")[2].splitlines()[0]
+
+
+def test_methods_of_one_tier(kvcli):
+    assert {c["tier"] for c in json.loads(kvcli("list", "methods", "tier2", "--json").out)} == {2}
+
+
 def test_tasks(kvcli):
     from kvcli.evals.loader import task_names
 
@@ -135,6 +169,7 @@ def test_one_preset_with_the_numbers_it_repeats(kvcli, monkeypatch):
     [
         (("tasks", "gsm"), "unknown task 'gsm'"),
         (("presets", "dem"), "unknown preset 'dem'"),
+        (("methods", "snpkv"), "kvcli list methods snpkv\n  try:   snapkv"),
         (("models", "testbed"), "kvcli list models takes no name"),
     ],
 )

@@ -61,6 +61,25 @@ def test_the_terminal_says_which_methods_two_runs_do_not_share(run: Path, capsys
     assert "No method in common: streaming_llm, snapkv / h2o:recent=8." in capsys.readouterr().out
 
 
+def test_long_tables_are_left_to_the_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*more: str) -> tuple[str, str]:
+        assert main(["report", "many", "--no-figures", *more]) == 0
+        out, err = capsys.readouterr()
+        return out, err
+
+    build(Path("runs/many"), Spec(TASKS, METHODS, ("0.1",), n=4))
+    out, err = said()
+    assert "streaming_llm   " not in out and "report: runs/many/report.md" in out
+    assert "lines are in the report; --table prints them here\n" in err
+    tables = said("--table")
+    assert "streaming_llm   " in tables[0] and "--table" not in tables[1]
+    assert len(tables[0].splitlines()) - len(out.splitlines()) > 40
+    build(Path("runs/many"), Spec(TASKS[:1], METHODS[:2], ("0.1",), n=4))
+    short = said()
+    assert "streaming_llm   " in short[0] and "--table" not in short[1]
+    assert "streaming_llm   " not in said("--no-table")[0]
+
+
 def test_every_picture_is_of_this_call(run: Path) -> None:
     def links(name: str) -> list[str]:
         return re.findall(r"!\[.*?\]\((.*?)\)", (run / name).read_text())

@@ -108,6 +108,17 @@ def test_it_says_how_many_scores_changed_per_task_and_method(run: Path, kvcli: C
     assert SECRET not in done.out + done.err
 
 
+def test_it_ends_with_what_comes_next(run: Path, kvcli: Callable[..., Any]) -> None:
+    records = run / "samples.jsonl"
+    old = [json.loads(line) for line in records.read_text().splitlines()]
+    records.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "incoherent"}) + "\n" for r in old))
+    looked = kvcli("rescore", run, "--dry-run").err
+    assert "20 records would say whether their output is text" in looked
+    assert f"next: kvcli rescore {run}" in looked and "--dry-run" not in looked.split("next:")[1]
+    assert f"next: kvcli report {run}" in kvcli("rescore", run).err
+    assert f"next: kvcli report {run}" in kvcli("rescore", run, "--dry-run").err, "nothing would change"
+
+
 def test_json(run: Path, kvcli: Callable[..., Any]) -> None:
     facts = json.loads(kvcli("rescore", run, "--task", "jailbreakv", "--dry-run", "--json").out)
     assert facts["dry_run"] is True and facts["judge"] is None

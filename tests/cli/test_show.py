@@ -51,6 +51,18 @@ def test_what_there_is(kvcli, folder):
     }  # fmt: skip
 
 
+def test_outputs_that_are_no_text_are_marked_beside_the_flags(kvcli, folder, record):
+    with RunStore(folder) as store:
+        store.append(record("c9", "s1", method="tova", flags=["noop"], incoherent=True, prompt_sha="p", n_prompt=9))
+    out = kvcli("show", folder, "--task", "tb_recall", "--sample", "s1", "--method", "tova").out
+    assert "noop incoherent" in " ".join(
+        next(line for line in out.splitlines() if line.strip().startswith("tova")).split()
+    )
+    assert "incoherent" not in kvcli("show", folder, "--task", "tb_recall", "--sample", "s1", "--method", "snapkv").out
+    cells = json.loads(kvcli("show", folder, "--task", "tb_recall", "--sample", "s1", "--json").out)["cells"]
+    assert {c["method"]: c["incoherent"] for c in cells}["tova"] is True
+
+
 def test_samples_that_changed_come_first(kvcli, folder, record):
     """s1 of the folder is as full has it in all cells; s2 has no full."""
     with RunStore(folder) as store:

@@ -233,8 +233,24 @@ def test_another_model_is_calibrated_on_a_file(tmp_path: Path) -> None:
     assert len(summarise(load_run(out))) == 2, "other calibration texts are other weights"
 
 
+def test_pruning_says_which_layer_it_is_at(tmp_path: Path) -> None:
+    from kvcli.config import SweepConfig
+    from kvcli.engine.checking import check
+    from kvcli.engine.prepare import prepare
+    from kvcli.engine.reweighting import Models
+
+    config = SweepConfig(methods=("snapkv",), ratios=("0.3",), tasks=("tb_recall",), limit=1, weights=(COARSE,),
+                         out=str(tmp_path / "run"))  # fmt: skip
+    seen: list[str] = []
+    prepared = prepare(check(config), 1)
+    models = Models(prepared, lambda text: None, lambda name, facts: None, lambda: False, watch=seen.append)
+    models.enter(COARSE)
+    layers = prepared.model_config.num_hidden_layers
+    assert seen == [f"pruning layer {i + 1} of {layers}" for i in range(layers)]
+
+
 def test_a_dry_run_names_the_weights(tmp_path: Path) -> None:
     done = call(*typed(GRID), "--weights", f"dense,{HALF}", "--dry-run", "--out", tmp_path / "run")
-    assert done.code == 0 and "8 cells" in done.out
+    assert done.code == 0 and "8 cells" in done.out and " s and the pruning (" in done.out
     assert f"tb_recall, 12 shots, {HALF}: 2 cells x 6 prompts" in done.out
     assert not (tmp_path / "run").exists()

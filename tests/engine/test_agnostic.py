@@ -11,7 +11,8 @@ import torch
 
 from kvcli.cache.budget import Budget
 from kvcli.config import SweepConfig
-from kvcli.engine.plan import Generation, make_cells, make_plan
+from kvcli.engine.cells import make_cells
+from kvcli.engine.plan import Generation, make_plan
 from kvcli.engine.prefixes import question_start
 from kvcli.engine.prompts import PromptSet
 from kvcli.engine.runner import Options, Outcome, Runner

@@ -12,8 +12,8 @@ from kvcli.config import SweepConfig
 from kvcli.engine import bench_pass
 from kvcli.engine.bench import Job
 from kvcli.engine.bench_pass import Measured, Pass
+from kvcli.engine.cells import decode_settings
 from kvcli.engine.meter import NoMemory
-from kvcli.engine.plan import decode_settings
 from kvcli.engine.prompts import PromptSet
 from kvcli.engine.runner import Options
 from kvcli.evals.spec import Sample

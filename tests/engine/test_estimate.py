@@ -14,9 +14,9 @@ from kvcli.cache.kv_cache import CompressedCache
 from kvcli.config import SweepConfig
 from kvcli.engine import prefilling
 from kvcli.engine.asking import Options
+from kvcli.engine.checking import check
 from kvcli.engine.estimate import Estimate, Sizes, estimate, rows_that_fit
 from kvcli.engine.plan import Plan
-from kvcli.engine.prepare import check
 from kvcli.engine.session import Session, execute, open_session
 from kvcli.methods import catalog
 from kvcli.models import pruned_prefill

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvcli.cache.rows import Kept, head_positions
 from kvcli.config import SweepConfig
 from kvcli.engine import fidelity
-from kvcli.engine.plan import Cell
+from kvcli.engine.cells import Cell
 from kvcli.engine.records import repetition
 from kvcli.engine.runner import Options
 from kvcli.models.wrapper import Model

@@ -16,7 +16,8 @@ from kvcli.attention.patch import patched
 from kvcli.attention.reference import probabilities
 from kvcli.engine import gates as gates_module
 from kvcli.engine.gates import Gated, Training, described, lessons_of, loss_of, streaming, train, trained
-from kvcli.engine.profiling import Probe, Settings, prepared
+from kvcli.engine.needles import Probe
+from kvcli.engine.profiling import Settings, prepared
 from kvcli.errors import KvcliError
 from kvcli.models.profiles import (
     CONFIG,

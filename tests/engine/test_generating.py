@@ -14,7 +14,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from kvcli.config import SweepConfig
-from kvcli.engine.plan import Cell
+from kvcli.engine.cells import Cell
 from kvcli.models.wrapper import Model
 from tests.engine import tiny
 from tests.engine.asks import watch_pools
@@ -128,6 +128,7 @@ def test_a_pool_of_fixed_size_holds_what_the_rule_leaves(
     assert {len(head) for step in held[1:] for layer in step for head in layer} == {14}
 
 
+@pytest.mark.slow
 def test_rows_of_many_methods_and_prompts_generate_what_the_masked_model_does(exact: Callable[[int], Model]) -> None:
     """Batches of prompts, ratios and ages: the tokens, and the bytes of what is left at the end."""
     model, prompts = exact(2), prompts_of([37, 50, 21])

@@ -17,8 +17,9 @@ from kvcli.cache.budget import Budget
 from kvcli.cache.workspace import Workspace
 from kvcli.config import SweepConfig
 from kvcli.engine import own_prefills
-from kvcli.engine.plan import Cell
-from kvcli.engine.pool import Cap, PoolCache, PoolRow
+from kvcli.engine.cells import Cell
+from kvcli.engine.pool import PoolCache
+from kvcli.engine.pool_rows import Cap, PoolRow
 from kvcli.methods import fastgen
 from kvcli.methods.catalog import build
 from kvcli.methods.pyramidinfer import Pyramid

@@ -185,6 +185,7 @@ def test_without_a_decode_phase_it_does_grow() -> None:
     assert sizes[1][0] > 2.5 * sizes[0][0] and sizes[1][1] > 2 * sizes[0][1]
 
 
+@pytest.mark.slow
 def test_two_thousand_tokens_under_a_decode_budget(
     kvcli: Any, tmp_path: Path, held: list[tuple[int, int, int]]
 ) -> None:

@@ -13,11 +13,14 @@ import pytest
 import torch
 
 from kvcli.config import SweepConfig
-from kvcli.engine import mapping, prefilling
+from kvcli.engine import map_reading, mapping, prefilling
 from kvcli.engine.api import sweep
+from kvcli.engine.checking import check
+from kvcli.engine.map_facts import KINDS
+from kvcli.engine.map_numbers import SETS
 from kvcli.engine.map_request import Asked, chosen_heads
-from kvcli.engine.mapping import KINDS, SETS, Atlas, map_prompts
-from kvcli.engine.prepare import check, prepare
+from kvcli.engine.mapping import Atlas, map_prompts
+from kvcli.engine.prepare import prepare
 from kvcli.errors import KvcliError
 from kvcli.models.loader import load_weights
 from kvcli.models.source import TESTBED_FOLDER
@@ -95,7 +98,7 @@ def test_prefixes_and_chunks_change_nothing(
     truth: list[tuple[np.ndarray, list[Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both prompts share their shots; 100 tokens at a time."""
-    monkeypatch.setattr(mapping, "CHUNK", 100)
+    monkeypatch.setattr(map_reading, "CHUNK", 100)
     monkeypatch.setattr(prefilling, "CHUNK", 100)
     held_against(map_prompts(Asked(FULL)), truth)
 
@@ -219,7 +222,7 @@ def test_harmful_prompts_keep_their_words_to_themselves(monkeypatch: pytest.Monk
     from kvcli.evals import loader
 
     harmful = dataclasses.replace(loader.load_task("tb_safety"), harmful=True)
-    monkeypatch.setattr("kvcli.engine.prepare.find_tasks", lambda texts: [harmful])
+    monkeypatch.setattr("kvcli.engine.checking.find_tasks", lambda texts: [harmful])
     config = dataclasses.replace(FULL, tasks=("tb_safety",), limit=1)
     hidden = map_prompts(Asked(config)).meta["prompts"][0]
     assert hidden["hidden"] and hidden["tokens"] is None

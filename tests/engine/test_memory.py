@@ -20,7 +20,8 @@ from kvcli.config import SweepConfig
 from kvcli.engine import fidelity
 from kvcli.engine.asking import Asker
 from kvcli.engine.memory import Room, is_out_of_memory
-from kvcli.engine.pool import Cap, PoolCache, PoolRow
+from kvcli.engine.pool import PoolCache
+from kvcli.engine.pool_rows import Cap, PoolRow
 from kvcli.engine.prefilling import Prefiller
 from kvcli.engine.runner import Options, Outcome
 from kvcli.methods import catalog

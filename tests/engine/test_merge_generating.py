@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from kvcli.config import SweepConfig
-from kvcli.engine.plan import Cell
+from kvcli.engine.cells import Cell
 from kvcli.engine.pool import PoolCache
 from kvcli.methods.context import Context
 from kvcli.models.wrapper import Model

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcli.config import SweepConfig
-from kvcli.engine.plan import Cell, Generation, make_cells, make_plan
+from kvcli.engine.cells import Cell, make_cells
+from kvcli.engine.plan import Generation, make_plan
 from tests.engine.tiny import KEY, TASK
 
 BASE = SweepConfig(methods=("snapkv", "random"), ratios=("0.2", "0.5"), seeds=(0, 1))

@@ -16,20 +16,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from kvcli.engine import profiling
-from kvcli.engine.profiling import (
+from kvcli.engine.needles import (
     SEED,
+    SENTENCES,
     PassKeys,
     Probe,
-    Settings,
     answer_ids,
     default_task,
-    head_scores,
-    measure,
     needle_of,
-    needle_share,
     probes_of,
-    profile,
 )  # fmt: skip
+from kvcli.engine.profiling import Settings, head_scores, measure, needle_share, profile
 from kvcli.errors import KvcliError
 from kvcli.evals.loader import load_task
 from kvcli.evals.spec import Sample, Segment
@@ -222,7 +219,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(profiling.SENTENCES, trainer)
+    core.train_from_iterator(SENTENCES, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="<s>")
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from kvcli.engine.rescoring import Tally, open_folder, rescore
 from kvcli.errors import KvcliError
+from kvcli.evals.coherence import why_incoherent
 from kvcli.results import store
 from kvcli.results.store import RunStore, read_records, read_run
 from tests.cli import sweeping
@@ -311,3 +312,30 @@ def test_samples_are_those_of_each_record_s_shots(tmp_path: Path, kvcli: Callabl
     assert done.code == 0, done.err
     tallies = rescore(open_folder(tmp_path / "run", data_dir=None))
     assert [(t.records, t.changed, t.left_out.total()) for t in tallies] == [(16, 0, 0)] * 2
+
+
+# --- whether an output is text ----------------------------------------------------------------------------------------
+
+
+def test_every_generated_record_says_whether_its_output_is_text_and_options_do_not(place: Path) -> None:
+    for record in read_records(place / "run"):
+        said = record["incoherent"]
+        assert said is None if record["options"] else said == (why_incoherent(record["output"]) is not None)
+
+
+def test_records_of_before_are_told_apart_once_and_nothing_else_of_them_changes(place: Path) -> None:
+    path = place / "run" / "samples.jsonl"
+    old = [json.loads(line) for line in path.read_text().splitlines()]
+    new = {(r["cell_id"], r["sample_id"]): r["incoherent"] for r in old}
+    path.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "incoherent"}) + "\n" for r in old))
+    before = raw(place)
+    looked = again(place, dry_run=True)
+    assert {key: (t.changed, t.told) for key, t in looked.items()} == {
+        ("own", "full"): (0, 4), ("own", "snapkv"): (0, 4), ("pick", "full"): (0, 0), ("pick", "snapkv"): (0, 0),
+    }  # fmt: skip
+    assert raw(place) == before
+    again(place)
+    found = read_records(place / "run")
+    assert {(r["cell_id"], r["sample_id"]): r.get("incoherent") for r in found} == new
+    assert [{**r, "incoherent": None} for r in found] == [{**r, "incoherent": None} for r in old]
+    assert all(t.told == 0 for t in again(place).values())

@@ -11,7 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcli.config import SweepConfig
-from kvcli.engine.plan import Generation, Plan, PromptKey, make_cells, make_plan
+from kvcli.engine.cells import PromptKey, make_cells
+from kvcli.engine.plan import Generation, Plan, make_plan
 from kvcli.engine.prompts import PromptSet
 from kvcli.engine.runner import Options, Outcome, Runner
 from kvcli.evals.spec import Sample, Score, Task

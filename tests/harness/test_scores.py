@@ -16,7 +16,8 @@ pytest.importorskip("accelerate", reason="lm-eval's Hugging Face model needs acc
 pytest.importorskip("peft", reason="lm-eval's Hugging Face model needs peft")
 
 from kvcli.engine.api import sweep
-from kvcli.engine.prepare import check, prepare
+from kvcli.engine.checking import check
+from kvcli.engine.prepare import prepare
 from kvcli.engine.reweighting import Models
 from kvcli.results.store import read_records
 from kvcli.weights.spec import DENSE

@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,9 +29,10 @@ from kvcli.cache.rows import head_positions
 from kvcli.engine.selecting import checked
 from kvcli.errors import Exit, KvcliError
 from kvcli.grammar import parse_methods, round_half_up
-from kvcli.kvpress import client, worker
+from kvcli.kvpress import client
 from kvcli.kvpress.presses import PRESSES, VERSION, find
 from kvcli.kvpress.shares import removed_share
+from kvcli.kvpress.worker import Refused, pairs, server
 from kvcli.methods._kvpress import Kvpress, build_press
 from kvcli.methods.context import Context
 
@@ -474,6 +476,15 @@ def test_no_interpreter_no_kvpress_and_wrong_versions_are_one_line_each(fake, mo
         assert len(error.value.lines()) == 3, what
 
 
+def test_what_to_do_is_told_by_whether_kvcli_itself_is_there(fake) -> None:
+    """Not by where the interpreter's link ends: two environments made with one Python end at the same."""
+    for version, advice in ((None, "-m pip install kvpress==0.5.5 transformers==5.2.0 torch=="), ("1.0", "its own: ")):
+        fake(kvpress=None, kvcli=version)
+        with pytest.raises(KvcliError, match="kvpress is not installed in") as error:
+            method("kvpress:KnormPress")
+        assert advice in str(error.value.fix)
+
+
 def test_the_variable_names_the_interpreter_where_no_option_does(fake, monkeypatch) -> None:
     made = fake()
     client.choose(None)
@@ -545,10 +556,12 @@ def test_closing_ends_the_process(fake) -> None:
 
 # The script
 
+SCRIPT = Path(client.__file__).with_name("worker")
+
 
 def start_script() -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-E", str(Path(worker.__file__))], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [sys.executable, "-E", str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -560,11 +573,13 @@ def ask(process: subprocess.Popen[bytes], **request: Any) -> dict[str, Any]:
     return json.loads(process.stdout.readline())  # type: ignore[no-any-return]
 
 
-def test_the_script_imports_nothing_of_kvcli_and_nothing_heavy_at_the_top() -> None:
-    tree = ast.parse(Path(worker.__file__).read_text())
+@pytest.mark.parametrize("file", sorted(SCRIPT.glob("*.py")), ids=lambda file: file.name)
+def test_the_script_imports_itself_alone_and_nothing_heavy(file) -> None:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     names = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
     names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert {name.partition(".")[0] for name in names} <= set(sys.stdlib_module_names)
+    others = [name for name in names if not f"{name}.".startswith("kvcli.kvpress.worker.")]
+    assert {name.partition(".")[0] for name in others} <= set(sys.stdlib_module_names)
 
 
 def test_the_script_answers_where_kvpress_is_missing_and_ends_with_its_stdin() -> None:
@@ -572,8 +587,8 @@ def test_the_script_answers_where_kvpress_is_missing_and_ends_with_its_stdin() -
     try:
         found = ask(process, id=7, do="hello")
         assert found["id"] == 7
-        assert found["answer"]["protocol"] == client.PROTOCOL == worker.PROTOCOL
-        assert set(found["answer"]["versions"]) == {"python", "kvpress", "transformers", "torch"}
+        assert found["answer"]["protocol"] == client.PROTOCOL == server.PROTOCOL
+        assert set(found["answer"]["versions"]) == {"python", "kvpress", "transformers", "torch", "kvcli"}
         assert ask(process, id=8, do="describe", press="../x")["error"]
         assert ask(process, id=9, do="dance")["error"] == "KeyError: 'dance'"
         assert process.stdin is not None
@@ -588,7 +603,7 @@ def test_the_script_ends_when_the_parent_is_killed(tmp_path) -> None:
     parent = tmp_path / "parent.py"
     parent.write_text(
         "import subprocess, sys, time\n"
-        f"p = subprocess.Popen([sys.executable, '-E', {str(Path(worker.__file__))!r}], stdin=subprocess.PIPE,\n"
+        f"p = subprocess.Popen([sys.executable, '-E', {str(SCRIPT)!r}], stdin=subprocess.PIPE,\n"
         "                     stdout=subprocess.PIPE)\n"
         'p.stdin.write(b\'{"id": 1, "do": "hello"}\\n\'); p.stdin.flush(); p.stdout.readline()\n'
         "print(p.pid, flush=True)\n"
@@ -623,7 +638,7 @@ def test_kept_pairs_are_found_again_in_any_order(dtype) -> None:
     keys, values = rows(3, 40, dtype), rows(3, 41, dtype)[:, 1:]
     picked = torch.stack([torch.randperm(40, generator=torch.Generator().manual_seed(h))[:17] for h in range(3)])
     at = picked.unsqueeze(-1).expand(-1, -1, 8)
-    found = worker.positions(keys, values, keys.gather(1, at), values.gather(1, at), "layer 0")
+    found = pairs.positions(keys, values, keys.gather(1, at), values.gather(1, at), "layer 0")
     assert [f.tolist() for f in found] == [sorted(p) for p in picked.tolist()]
 
 
@@ -632,7 +647,7 @@ def test_equal_pairs_are_told_apart_by_order_and_pairs_that_share_a_key_by_their
     keys[0, 4], values[0, 4] = keys[0, 1], values[0, 1]  # the same pair twice
     keys[0, 5] = keys[0, 2]
     for picked, expected in (([4], [1]), ([4, 1], [1, 4]), ([5], [5]), ([2], [2]), ([3, 5], [3, 5])):
-        found = worker.positions(keys, values, keys[:, picked], values[:, picked], "layer 0")
+        found = pairs.positions(keys, values, keys[:, picked], values[:, picked], "layer 0")
         assert found[0].tolist() == expected
 
 
@@ -650,13 +665,42 @@ def test_pairs_that_are_not_the_prompt_s_are_refused(change) -> None:
         kept_keys, kept_values = torch.cat([keys, keys], 1), torch.cat([values, values], 1)
     else:
         kept_keys, kept_values = kept_keys[:1], kept_values[:1]
-    with pytest.raises(worker.Refused, match="layer 5"):
-        worker.positions(keys, values, kept_keys, kept_values, "layer 5")
+    with pytest.raises(Refused, match="layer 5"):
+        pairs.positions(keys, values, kept_keys, kept_values, "layer 5")
 
 
 def test_masked_pairs_are_left_out() -> None:
     masked = (torch.zeros(3, dtype=torch.long), torch.tensor([0, 0, 1]), torch.tensor([2, 0, 4]))
-    assert [h.tolist() for h in worker._not_masked(masked, (1, 2, 5, 8))] == [[1, 3, 4], [0, 1, 2, 3]]
+    assert [h.tolist() for h in pairs.not_masked(masked, (1, 2, 5, 8))] == [[1, 3, 4], [0, 1, 2, 3]]
+
+
+def seen(n: int, masked: tuple[int, ...]) -> pairs.Seen:
+    """A layer of two heads that wrote n pairs, of which a press masks these positions in the second head."""
+    at = torch.tensor(masked)
+    module = SimpleNamespace(layer_idx=3, masked_key_indices=(at * 0, at * 0 + 1, at))
+    keys, values = rows(2, n)[None], rows(2, n + 1)[None, :, :n].clone()
+    return pairs.Seen(module, {}, keys, values, (keys._version, values._version))
+
+
+def test_what_an_extra_pass_leaves_behind_the_prompt_is_not_kept() -> None:
+    one = seen(6, (0, 4))
+    twice = [torch.cat([t, t], 2) for t in (one.keys, one.values)]
+    for keys, values in ((one.keys, one.values), twice):
+        assert [h.tolist() for h in one.kept(keys, values)] == [[0, 1, 2, 3, 4, 5], [1, 2, 3, 5]]
+
+
+@pytest.mark.parametrize("change", ["fewer", "keys", "values", "beyond"])
+def test_a_press_that_masks_must_leave_the_prompt_whole(change) -> None:
+    one = seen(6, (0, 7) if change == "beyond" else (0, 4))
+    keys, values = (torch.cat([t, t], 2) for t in (one.keys, one.values))
+    if change == "fewer":
+        keys, values = keys[:, :, :5], values[:, :, :5]
+    elif change == "keys":
+        keys[0, 1, 2, 3] += 1e-6
+    elif change == "values":
+        values[0, 1, 2, 3] += 1e-6
+    with pytest.raises(Refused, match="layer 3: the press masks, and what it leaves is not"):
+        one.kept(keys, values)
 
 
 # Beside kvpress itself
@@ -753,6 +797,15 @@ def test_a_press_keeps_as_many_as_it_was_asked_for(real, name) -> None:
             assert [sum(layer) for layer in counts] == [2 * kept] * 4
         else:
             assert sum(map(sum, counts)) == 8 * kept
+
+
+@peer_test
+def test_kvcompose_without_structure_gives_heads_of_the_model_budgets_of_their_own(real) -> None:
+    press = {"class": "KVComposePress", "arguments": {"structured": False}}
+    for kept in (12, 60, 100):
+        counts = [[len(h) for h in layer] for layer in real.kept(press, ids_of(N), removed_share(N, kept), "sdpa", 0)]
+        assert sum(map(sum, counts)) == 8 * kept
+        assert len({count for layer in counts for count in layer}) > 1
 
 
 @peer_test

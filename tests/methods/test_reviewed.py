@@ -11,7 +11,7 @@ import torch
 
 from kvcli.cache.budget import Budget
 from kvcli.config import SweepConfig
-from kvcli.engine.plan import make_cells
+from kvcli.engine.cells import make_cells
 from kvcli.engine.runner import Options, Runner
 from kvcli.errors import KvcliError
 from kvcli.grammar import parse_methods

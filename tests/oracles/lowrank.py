@@ -27,6 +27,21 @@ def best_of_rank(x: Array, rank: int) -> Array:
     return x @ leading @ leading.T
 
 
+def on_leading(x: Array, rows: Array, rank: int, offset: Array | None = None) -> Array:
+    """x [K, W] projected on the leading right singular vectors of other rows [T, W]; `offset` is off the while."""
+    away = 0.0 if offset is None else offset
+    directions = np.linalg.svd(rows)[2][:rank]
+    projected: Array = (x - away) @ directions.T @ directions + away
+    return projected
+
+
+def truncated(weight: Array, rank: int) -> Array:
+    """The best matrix of a rank, by its singular value decomposition."""
+    u, s, vt = np.linalg.svd(weight, full_matrices=False)
+    best: Array = (u[:, :rank] * s[:rank]) @ vt[:rank]
+    return best
+
+
 def side_by_side(heads: list[Array], rank: int) -> list[Array]:
     """[K, D] per head of one group, approximated together."""
     width = heads[0].shape[1]

@@ -16,6 +16,9 @@ from kvcli.analysis.attention.curves import curve_panels
 from kvcli.analysis.attention.data import TITLES, Atlas, Floats, cell_label, kinds_there, region_title
 from kvcli.analysis.attention.even import even_shots
 from kvcli.analysis.attention.sheet import THROWN
+from kvcli.analysis.attention.shots import shot_panels, with_shots
+from kvcli.analysis.attention.times import furthest
+from kvcli.analysis.figures.style import DARK, LIGHT
 
 UNITS = 2048
 """Tokens, or groups of them, that are written out."""
@@ -57,6 +60,8 @@ def page_data(atlas: Atlas) -> dict[str, Any]:
         "decades": DECADES, "smallDecades": SMALL_DECADES, "sinks": meta["sinks"], "local": meta["local"],
         "groups": [{"label": g["label"], "n": g["samples"]} for g in atlas.groups], "grids": _grids(atlas),
         "curves": [_curves(atlas, name) for name in meta["sets"]],
+        "shotLayers": [_shot_layers(atlas, name) for name in meta["sets"]],
+        "times": [list(theme.losses) for theme in (LIGHT, DARK)],
         "prompts": [_prompt(atlas, i) for i in atlas.shown],
     }  # fmt: skip
 
@@ -110,10 +115,9 @@ def _large(atlas: Atlas, prompt: int, least: int) -> dict[str, Any]:
 
 
 def _pairs(count: int, block: int, n: int) -> Floats:
-    """[count, count]: pairs of a query and a key it sees in each block."""
-    starts = np.arange(count) * block
-    seen = np.clip(np.arange(n)[:, None] + 1 - starts, 0, block).astype(float)
-    return np.add.reduceat(seen, starts, 0)
+    """[count, count]: pairs of a query and a key it sees in each block; nothing here is as long as the prompt."""
+    long = np.minimum(block, n - block * np.arange(count)).astype(float)
+    return np.tril(np.outer(long, np.full(count, block)), -1) + np.diag(long * (long + 1) / 2)
 
 
 def _blocks(values: Floats, step: int) -> Floats:
@@ -128,6 +132,18 @@ def _shots(atlas: Atlas, prompt: int) -> dict[str, Any]:
         return {}
     even = [np.round(even_shots(atlas, prompt, name), 6).tolist() for name in atlas.meta["sets"]]
     return {"shots": _packed(mass, SMALL_DECADES, np.uint16), "shotsEven": even}
+
+
+def _shot_layers(atlas: Atlas, queries: str) -> dict[str, Any]:
+    """Of each group with shots [layer][shot], times evenly spread attention; top: how far colours reach."""
+    panels = shot_panels(atlas, queries)
+    return {
+        "top": furthest([panel.values for panel in panels]),
+        "panels": [
+            {"label": p.label, "n": p.prompts, "group": group, "values": np.round(p.values, 3).tolist()}
+            for group, p in zip(with_shots(atlas), panels, strict=True)
+        ],
+    }
 
 
 def _curves(atlas: Atlas, queries: str) -> list[dict[str, Any]]:

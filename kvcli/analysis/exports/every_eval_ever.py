@@ -34,6 +34,7 @@ from kvcli.analysis.exports.shared import (
     replacing,
     rows_of_tasks,
     scored,
+    shares_of,
     variants,
     when,
     write_json,
@@ -133,7 +134,7 @@ def _log(
 def _result(run: Run, task: str, code: int, cell: Scored, binary: bool) -> dict[str, Any]:
     metric, about = metric_of(run, cell.rows), run.cells[code]
     kept = {"measured_ratio": mean_of(run.measured_ratio[cell.rows]), "failed_samples": cell.failed,
-            "no_answer": float(1 - run.answered[cell.rows].mean())}  # fmt: skip
+            **shares_of(run, cell.rows)}  # fmt: skip
     return {
         "evaluation_result_id": about.cell_id, "evaluation_name": task,
         "source_data": {"dataset_name": task, "source_type": "other",

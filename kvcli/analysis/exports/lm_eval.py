@@ -29,6 +29,7 @@ from kvcli.analysis.exports.shared import (
     replacing,
     rows_of_tasks,
     scored,
+    shares_of,
     variants,
     when,
     write_json,
@@ -104,6 +105,7 @@ def _facts(run: Run, variant: Variant, found: dict[str, Scored]) -> dict[str, An
     return {
         "version": run.meta.get("kvcli"), **variant.settings,
         "measured_ratio": {task: mean_of(run.measured_ratio[cell.rows]) for task, cell in found.items()},
+        "outputs": {task: shares_of(run, cell.rows) for task, cell in found.items()},
         "failed": {task: cell.failed for task, cell in found.items()},
         "cells": {task: run.cells[variant.cells[task]].cell_id for task in found},
     }  # fmt: skip

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from kvcli.analysis.reading.load import Cell, Run
 from kvcli.analysis.reading.texts import whole_records
 from kvcli.analysis.statistics.verdicts import MARGIN
+from kvcli.analysis.tables.cells import incoherent_share
 from kvcli.errors import KvcliError, unknown
 from kvcli.results.store import prompt_files, read_lines
 
@@ -162,6 +163,14 @@ def scored(run: Run, rows: NDArray[np.int64]) -> Scored:
 def mean_of(values: NDArray[np.float64]) -> float | None:
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else None
+
+
+def shares_of(run: Run, rows: NDArray[np.int64]) -> dict[str, float | None]:
+    """What a score is to be read with: shares of its outputs, null where nothing was generated."""
+    return {
+        "no_answer": float(1 - run.answered[rows].mean()), "incoherent": incoherent_share(run, rows),
+        "cut_at_limit": float(run.truncated[rows].mean()),
+    }  # fmt: skip
 
 
 def metric_of(run: Run, rows: NDArray[np.int64]) -> str:

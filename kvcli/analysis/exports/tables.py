@@ -25,6 +25,7 @@ ROWS = 50_000
 """Rows that are in memory together while a table is written."""
 TEXTS = ("output", "extracted", "target")
 _WHOLE = ("budget", "shots", "shot_seed", "shot_order", "seed", "draw")
+_YES = ("incoherent", "identical")
 _COUNTS = ("n_new", "cut", "context_tokens", "bytes_full", "bytes_prefill", "bytes_end", "bytes_read", "bytes_match")
 
 
@@ -88,7 +89,7 @@ def _sample_schema(run: Run, wanted: Wanted) -> pa.Schema:
     fields = [("model", text), ("cell_id", text), ("sample_id", text), *_axis_fields(), ("status", text)]
     fields += [("score", number), ("metric", text), ("cluster", text), ("measured_ratio", number), ("n_prompt", whole)]
     fields += [("answered", yes), ("cut_at_limit", yes), ("flags", text)]
-    fields += [(name, yes if name == "identical" else whole if name in _COUNTS else number) for name in FIGURES]
+    fields += [(name, yes if name in _YES else whole if name in _COUNTS else number) for name in FIGURES]
     fields += [(f"extra.{name}", number) for name in run.extra]
     return pa.schema(fields + [(name, text) for name in TEXTS if wanted.outputs])
 
@@ -107,8 +108,8 @@ def _sample_columns(run: Run, rows: NDArray[np.int64], wanted: Wanted) -> dict[s
         "cluster": [_named(run.clusters, code) for code in run.cluster[rows].tolist()],
         "measured_ratio": run.measured_ratio[rows], "n_prompt": run.n_prompt[rows], "answered": run.answered[rows],
         "cut_at_limit": run.truncated[rows], "flags": [flags[mask] for mask in run.flags[rows].tolist()],
-        **{name: run.figures[name][rows] for name in FIGURES if name != "identical"},
-        "identical": [None if np.isnan(value) else bool(value) for value in run.figures["identical"][rows].tolist()],
+        **{name: run.figures[name][rows] for name in FIGURES if name not in _YES},
+        **{name: [None if np.isnan(v) else bool(v) for v in run.figures[name][rows].tolist()] for name in _YES},
         **{f"extra.{name}": column[rows] for name, column in run.extra.items()},
     }  # fmt: skip
     return columns | (_texts(run, rows, wanted) if wanted.outputs else {})
@@ -184,7 +185,7 @@ def _judged(table: TaskTable, cell: CellSummary, made: Contents) -> dict[str, An
     ends = verdict and verdict.interval
     kept_ends = kept and kept.interval
     return {
-        "verdict": verdict and str(verdict.kind), "p_holm": verdict and verdict.p,
+        "verdict": made.judged.said(cell) or None, "p_holm": verdict and verdict.p,
         "simultaneous_low": ends and ends.low, "simultaneous_high": ends and ends.high,
         "family": verdict and verdict.family, "margin": verdict and verdict.margin,
         "detectable": made.detectable(cell.difference),

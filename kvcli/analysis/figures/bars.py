@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvcli.analysis.figures import layout
 from kvcli.analysis.figures.layout import Plan, plain, shortened, text_width
-from kvcli.analysis.figures.lines import heading
+from kvcli.analysis.figures.panels import heading
 from kvcli.analysis.figures.style import Style, looks
 from kvcli.analysis.figures.views import in_file_names
 from kvcli.analysis.tables import bench

@@ -6,20 +6,22 @@ Draws with matplotlib's Figure directly (Agg, PDF and SVG canvases): no pyplot, 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvcli.analysis.figures.bars import Measurements
 from kvcli.analysis.figures.kinds import BENCH, KINDS, RUN, Kind, chosen
-from kvcli.analysis.figures.style import COLOURS as COLOURS
-from kvcli.analysis.figures.style import LINES as LINES
+from kvcli.analysis.figures.paging import fitted
 from kvcli.analysis.figures.style import Style, style
 from kvcli.analysis.figures.views import in_file_names, views
 from kvcli.analysis.reading.load import Run
 from kvcli.analysis.tables.table import TaskTable
 from kvcli.errors import KvcliError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMATS = ("png", "pdf", "svg")
 _STYLE = style().rc()
@@ -88,14 +90,13 @@ def save(
         out_dir.mkdir(parents=True, exist_ok=True)
     pictures, data, captions = [], [], []
     look = look or style()
-    for name, sheet in built:
-        drawn, caption = _draw(sheet, out_dir / name, formats, look)
-        pictures += drawn
+    for name, sheet, figure in _pages(built, look):
+        pictures += _write(figure, out_dir / name, formats, look)
         data.append(out_dir / f"{name}.json")
         data[-1].write_text(data_text(sheet), encoding="utf-8")
         if not look.titles:
             captions.append(out_dir / f"{name}.txt")
-            captions[-1].write_text(f"{caption}\n", encoding="utf-8")
+            captions[-1].write_text(f"{figure.get_label()}\n", encoding="utf-8")
     return pictures + data + captions
 
 
@@ -112,19 +113,28 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not abs(value) < float("inf") else value
 
 
-def _draw(sheet: Any, path: Path, formats: Sequence[str], look: Style) -> tuple[list[Path], str]:
-    """(the pictures, their caption: title and subtitle, with what was added in drawing)."""
+def _pages(built: Sequence[tuple[str, Any]], look: Style) -> Iterator[tuple[str, Any, Figure]]:
+    """(file name without ending, what it shows, its figure) of every page."""
     import matplotlib as mpl
 
+    for name, sheet in built:
+        with mpl.rc_context(look.rc()):
+            found = fitted(sheet, KINDS[sheet.figure].draw, look)
+        for number, (page, figure) in enumerate(found, 1):
+            yield (f"{name}-{number}" if len(found) > 1 else name), page, figure
+
+
+def _write(figure: Figure, path: Path, formats: Sequence[str], look: Style) -> list[Path]:
+    import matplotlib as mpl
+
+    written = []
     with mpl.rc_context(look.rc()):
-        figure = KINDS[sheet.figure].draw(sheet, look)
-        written = []
         for name in formats:
             # Dates and versions out of the files: the same data give the same bytes.
             stamp = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[name]
             figure.savefig(path.with_name(f"{path.name}.{name}"), dpi=look.dpi, metadata=stamp)
             written.append(path.with_name(f"{path.name}.{name}"))
-    return written, str(figure.get_label())
+    return written
 
 
 def check_formats(formats: Sequence[str]) -> None:
@@ -134,4 +144,4 @@ def check_formats(formats: Sequence[str]) -> None:
             raise KvcliError(f"unknown format '{name}'", given=f"--format {name}", fix=fix)
 
 
-__all__ = ["COLOURS", "FORMATS", "KINDS", "LINES", "plot", "plot_bench", "sheets"]
+__all__ = ["FORMATS", "KINDS", "plot", "plot_bench", "sheets"]

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvcli.analysis.figures import layout, nested
+from kvcli.analysis.figures import clashes, layout
 from kvcli.analysis.figures.layout import Entry, Plan, plain, shortened
-from kvcli.analysis.figures.lines import heading
+from kvcli.analysis.figures.panels import heading
 from kvcli.analysis.figures.sheets import PANELS_PER_PAGE
 from kvcli.analysis.figures.style import Style, looks
 from kvcli.analysis.figures.views import View, counted
@@ -158,7 +158,18 @@ def draw(sheet: Gain, style: Style) -> Figure:
     ]
     above = 0.36 * style.size / 8
     page = layout.page(
-        Plan(sheet.title, sheet.subtitle, rows, columns, sheet.x, sheet.y, entries, above=above, gap=0.34), style
+        Plan(
+            sheet.title,
+            f"{sheet.subtitle}, {clashes.AROUND}",
+            rows,
+            columns,
+            sheet.x,
+            sheet.y,
+            entries,
+            above=above,
+            gap=0.34,
+        ),
+        style,
     )
     _limits(page.axes[0], sheet)
     for ax, panel in zip(page.axes, sheet.panels, strict=False):
@@ -166,16 +177,17 @@ def draw(sheet: Gain, style: Style) -> Figure:
         ax.set_axisbelow(True)
         ax.axhline(0, color=style.theme.ink, linewidth=0.9, zorder=1.5)
         ax.axvline(0, color=style.theme.ink, linewidth=0.9, zorder=1.5)
-        depths = nested.depths(ax, [(dot.gain.value, dot.loss.value) for dot in panel.dots])
-        for dot, depth in zip(panel.dots, depths, strict=True):
+        size = 5.5 * style.size / 8
+        places = clashes.around(ax, [(dot.gain.value, dot.loss.value) for dot in panel.dots], size)
+        for dot, (across, up) in zip(panel.dots, places, strict=True):
             line, x, y = style.line(look[dot.task]), dot.gain, dot.loss
-            bar = {"color": line["color"], "linewidth": 0.8 + 2.2 * depth, "alpha": 0.6, "solid_capstyle": "butt"}
+            bar = {"color": line["color"], "linewidth": 0.8, "alpha": 0.6, "solid_capstyle": "butt"}
             if x.low is not None and x.high is not None:
-                ax.plot([x.low, x.high], [y.value] * 2, **bar)
+                ax.plot([x.low, x.high], [up] * 2, **bar)
             if y.low is not None and y.high is not None:
-                ax.plot([x.value] * 2, [y.low, y.high], **bar)
-            ax.plot([x.value], [y.value], marker=line["marker"], color=line["color"], linestyle="none", zorder=4,
-                    markersize=5.5 * style.size / 8 + nested.STEP * depth, markeredgewidth=0.6,
+                ax.plot([across] * 2, [y.low, y.high], **bar)
+            ax.plot([across], [up], marker=line["marker"], color=line["color"], linestyle="none", zorder=4,
+                    markersize=size, markeredgewidth=0.6,
                     markeredgecolor=style.theme.page)  # fmt: skip
         said = f"mean of {len(panel.methods)} methods" if len(panel.methods) > 1 else panel.methods[0]
         room = ax.get_window_extent().width / ax.figure.dpi

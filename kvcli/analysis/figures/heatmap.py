@@ -70,6 +70,8 @@ class Heat:
     family: int
     """Comparisons that verdicts are adjusted for."""
     part: str = ""
+    widest: float = 5.0
+    """Points at both ends of the colours, on all pages alike."""
 
 
 def build(view: View) -> list[Heat]:
@@ -104,6 +106,7 @@ def _page(view: View, tables: Sequence[TaskTable], columns: Sequence[Column], pa
             tuple(grids),
             view.whole.judged.family.size,
             part,
+            max([5.0, *(abs(box.y) for box in boxes)]),
         )
     ]
 
@@ -145,19 +148,21 @@ def draw(sheet: Heat, style: Style) -> Figure:
     rows = -(-len(sheet.grids) // columns)
     found = {m for g in sheet.grids for b in g.boxes for m in b.marks}
     many = f", all {sheet.family:,} comparisons considered" if sheet.family > 1 else " (95 %)"
-    key = [f"{wording.ESTABLISHED}: loss or gain{many}", *(f"{LETTERS[m]}: {m}" for m in LETTERS if m in found)]
+    key = [
+        f"{wording.ESTABLISHED}: loss or gain{many}",
+        *(f"{LETTERS[m]}:{layout.HARD}{m.replace(' ', layout.HARD)}" for m in LETTERS if m in found),
+    ]
     page = layout.page(
         Plan(
             sheet.title, f"{sheet.subtitle}. {', '.join(key)}", rows, columns, "", "", panel=panel, left=left,
-            under=0.05, above=head + 0.3, gap=GAP, right=RIGHT, width=width,
+            under=0.05, above=0.3, head=head, gap=GAP, right=RIGHT, width=width,
         ),
         style, share=False,
     )  # fmt: skip
-    widest = max([5.0, *(abs(b.y) for g in sheet.grids for b in g.boxes)])
     shades = diverging(style)
     image = None
     for number, (ax, grid) in enumerate(zip(page.axes, sheet.grids, strict=False)):
-        image = _panel(ax, sheet, grid, names if number % columns == 0 else {}, shades, widest, style)
+        image = _panel(ax, sheet, grid, names if number % columns == 0 else {}, number < columns, shades, style)
     for ax in page.axes[len(sheet.grids) :]:
         ax.set_visible(False)
     if image is not None and page.bar:
@@ -175,8 +180,9 @@ def diverging(style: Style) -> Colormap:
 
 
 def _panel(
-    ax: Axes, sheet: Heat, grid: Grid, names: dict[str, str], shades: Colormap, widest: float, style: Style
+    ax: Axes, sheet: Heat, grid: Grid, names: dict[str, str], top: bool, shades: Colormap, style: Style
 ) -> AxesImage:
+    """names: empty but at the left; top: tasks are named above."""
     import numpy as np
     from matplotlib.colors import to_rgb
 
@@ -185,13 +191,13 @@ def _panel(
     values = np.full((len(rows), len(columns)), np.nan)
     for one in grid.boxes:
         values[rows[one.method], columns[one.task]] = one.y
-    image = ax.imshow(np.ma.masked_invalid(values), cmap=shades, vmin=-widest, vmax=widest, aspect="auto")
+    image = ax.imshow(np.ma.masked_invalid(values), cmap=shades, vmin=-sheet.widest, vmax=sheet.widest, aspect="auto")
     for one in grid.boxes:
-        red, green, blue = to_rgb(shades((one.y + widest) / (2 * widest)))
+        red, green, blue = to_rgb(shades((one.y + sheet.widest) / (2 * sheet.widest)))
         ink = "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#FFFFFF"
         ax.text(columns[one.task], rows[one.method], _said(one), ha="center", va="center", fontsize=size, color=ink)
     ax.set_yticks(range(len(rows)), list(names.values()) if names else [""] * len(rows), fontsize=size)
-    tasks = [plain(shortened(t, size, 1.2)) for t in sheet.tasks]
+    tasks = [plain(shortened(t, size, 1.2)) if top else "" for t in sheet.tasks]
     ax.set_xticks(range(len(columns)), tasks, rotation=45, ha="left", rotation_mode="anchor", fontsize=size)
     ax.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False, pad=2)
     for side in ax.spines.values():
@@ -200,7 +206,7 @@ def _panel(
     ax.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
     ax.grid(which="minor", color=style.theme.page, linewidth=0.8)
     ax.tick_params(which="minor", length=0)
-    ax.annotate(f"asked: {grid.asked}", (0, 1), xycoords="axes fraction", xytext=(0, _above(sheet, size)),
+    ax.annotate(f"asked: {grid.asked}", (0, 1), xycoords="axes fraction", xytext=(0, _above(sheet, size) if top else 3),
                 textcoords="offset points", fontweight="bold", fontsize=style.size + 0.5)  # fmt: skip
     return image
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 EDGE = 0.12
 """Inches between contents and the edge of the page."""
+HARD = "\N{NO-BREAK SPACE}"
 Entry = tuple[Any, str]
 """A legend's handle and label."""
 
@@ -43,6 +44,8 @@ class Plan:
     """Room for the ticks of each row."""
     above: float = 0.34
     """Room for the titles of each row."""
+    head: float = 0.0
+    """Room above the first row, on top of `above`."""
     gap: float = 0.17
     """Between columns."""
     right: float = 0.0
@@ -77,7 +80,7 @@ def page(plan: Plan, style: Style, *, share: bool = True) -> Page:
     title = wrapped(plan.title, style.size + 2, width - 2 * EDGE, bold=True) if style.titles else []
     subtitle = wrapped(plan.subtitle, style.size, width - 2 * EDGE) if style.titles else []
     head = EDGE + len(title) * (style.size + 2) * 1.3 / 72
-    top = head + len(subtitle) * line + 0.06 * style.titles
+    top = head + len(subtitle) * line + 0.06 * style.titles + plan.head
     tall = plan.panel[1] or style.panel[1] * (panel / style.panel[0]) ** 0.5
     foot = (line + 0.05 if plan.x else 0.02) + EDGE * 0.6 + (entries * line * 1.12 + 0.06 if plan.legend else 0.0)
     height = top + plan.rows * (plan.above + tall + plan.under) + foot
@@ -189,9 +192,9 @@ def _font(bold: bool) -> FT2Font:
 
 
 def wrapped(text: str, size: float, room: float, bold: bool = False) -> list[str]:
-    """Lines of whole words that fit `room` inches; a word that is longer is cut."""
+    """Lines of whole words that fit `room` inches; a word that is longer is cut. Hard spaces hold words together."""
     lines: list[str] = []
-    for word in text.split():
+    for word in text.replace(" %", f"{HARD}%").split(" "):
         piece = shortened(word, size, room, bold)
         if lines and text_width(f"{lines[-1]} {piece}", size, bold) <= room:
             lines[-1] += f" {piece}"

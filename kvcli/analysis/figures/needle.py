@@ -10,7 +10,7 @@ import numpy as np
 
 from kvcli.analysis.figures import layout
 from kvcli.analysis.figures.layout import Plan, text_width
-from kvcli.analysis.figures.lines import heading
+from kvcli.analysis.figures.panels import heading
 from kvcli.analysis.figures.sheets import marks
 from kvcli.analysis.figures.style import Style
 from kvcli.analysis.figures.views import View, counted

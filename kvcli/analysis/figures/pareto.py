@@ -10,7 +10,8 @@ import numpy as np
 
 from kvcli.analysis.figures import layout
 from kvcli.analysis.figures.layout import Plan, plain, shortened
-from kvcli.analysis.figures.lines import heading, mark, mark_entries
+from kvcli.analysis.figures.marks import mark, mark_entries
+from kvcli.analysis.figures.panels import heading
 from kvcli.analysis.figures.sheets import MOST_LINES, PANELS_PER_PAGE, marks
 from kvcli.analysis.figures.style import Style, looks
 from kvcli.analysis.figures.views import View

@@ -146,15 +146,16 @@ def sheets_of(
 def pages(sheet: Sheet) -> Iterator[Sheet]:
     """At most PANELS_PER_PAGE panels on each, about as many on all; at most MOST_LINES lines in a panel."""
     names = list(dict.fromkeys(s.key for panel in sheet.panels for s in panel.series))
-    groups = _even(names, MOST_LINES) if sheet.layout == "lines" else [names]
+    groups = even(names, MOST_LINES) if sheet.layout == "lines" else [names]
     for group in groups:
         some = [replace(p, series=tuple(s for s in p.series if s.key in group)) for p in sheet.panels]
         tall = sheet.layout == "rows" and len(group) > MOST_LINES
-        for page in _even([p for p in some if p.series], TALL_PER_PAGE if tall else PANELS_PER_PAGE):
+        for page in even([p for p in some if p.series], TALL_PER_PAGE if tall else PANELS_PER_PAGE):
             yield replace(sheet, panels=tuple(page))
 
 
-def _even(items: Sequence[T], most: int) -> list[Sequence[T]]:
+def even(items: Sequence[T], most: int) -> list[Sequence[T]]:
+    """As few groups of at most `most` as there need to be, of about one size."""
     count = -(-len(items) // most)
     size = -(-len(items) // count) if count else 1
     return [items[i : i + size] for i in range(0, len(items), size)]

@@ -39,11 +39,12 @@ def findings(runs: Sequence[Data]) -> list[Finding]:
 
 
 def _with_refused(one: Finding, runs: Sequence[Data]) -> Finding:
-    """Names the tables that did not count because of their reference."""
+    """Names the tables that did not count because of their full, and why."""
     seen = runs if one.number == 2 else runs[:1]
     concerns = _CONCERNS.get(one.number, lambda table: True)
-    refused = [table for data in seen for table in data.refused() if concerns(table)]
-    if not refused:
-        return one
-    text = f"Not used, for full is not shown to be where it was published: {named_tasks(refused)}."
-    return replace(one, said=f"{one.said} {text}".strip())
+    refused: dict[str, list[TaskTable]] = {}
+    for data in seen:
+        for why, tables in data.refused().items():
+            refused.setdefault(why, []).extend(table for table in tables if concerns(table))
+    said = [f"Not used, for {why}: {named_tasks(tables)}." for why, tables in refused.items() if tables]
+    return replace(one, said=" ".join(filter(None, [one.said, *said])))

@@ -12,9 +12,12 @@ from kvcli.analysis.reading import names
 from kvcli.analysis.reading.load import Run
 from kvcli.analysis.reading.roles import names_of
 from kvcli.analysis.statistics import stats
-from kvcli.analysis.tables.doubts import unlike_reference
+from kvcli.analysis.tables.doubts import NO_ANSWER_LIMIT, not_counted, unlike_reference
 from kvcli.analysis.tables.scores import SampleScores
 from kvcli.analysis.tables.table import DENSE, CellSummary, TaskTable
+
+UNLIKE = "full is not shown to be where it was published"
+UNREADABLE = f"more than {100 * NO_ANSWER_LIMIT:.0f} % of full's outputs hold no answer"
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,17 @@ class Data:
 
     def usual(self) -> list[TaskTable]:
         """Dense weights, the question visible, first exemplars in their order, the first token compressed where both
-        ways were run: what the paper's tables are about. Those whose full is unlike its reference do not count."""
-        return [table for table in self._candidates() if not unlike_reference(table)]
+        ways were run: what the paper's tables are about. Those do not count whose full is unlike its reference, or has
+        too few outputs with an answer."""
+        return [table for table in self._candidates() if not not_counted(table)]
 
-    def refused(self) -> list[TaskTable]:
-        """Those that would count if full were shown to be where it was published."""
-        return [table for table in self._candidates() if unlike_reference(table)]
+    def refused(self) -> dict[str, list[TaskTable]]:
+        """Those that would count if full were as it should be, by the reason."""
+        found: dict[str, list[TaskTable]] = {}
+        for table in self._candidates():
+            if not_counted(table):
+                found.setdefault(UNLIKE if unlike_reference(table) else UNREADABLE, []).append(table)
+        return found
 
     def _candidates(self) -> list[TaskTable]:
         plain = [

@@ -16,7 +16,7 @@ from kvcli.analysis.tables import wording
 from kvcli.analysis.tables.table import TaskTable
 
 TITLE = "What gains most from the prompt loses most"
-NEEDS = f"{FEWEST_TASKS} tasks, each with 0 shots and with more, at a ratio of 0.3 or less: --shots 0,8"
+NEEDS = f"{FEWEST_TASKS} tasks, each with 0 shots and with more, at a ratio of 0.3 or less: {code('--shots 0,8')}"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from kvcli.analysis.marked import code
 from kvcli.analysis.tables.table import TaskTable
 
 TITLE = "Loss depends on how the model was trained"
-ASKED = "it takes runs of two models with the same task, shots, methods and ratio: kvcli report RUN OTHER-RUN"
+ASKED = (
+    f"it takes runs of two models with the same task, shots, methods and ratio: {code('kvcli report RUN OTHER-RUN')}"
+)
 CAVEAT = (
     "How the models were trained is not in the data, nor do they differ in that alone: this says of these models only "
     "whether they differ."

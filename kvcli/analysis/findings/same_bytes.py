@@ -90,4 +90,8 @@ def _deep(table: TaskTable, kind: str) -> list[CellSummary]:
 def _held(tables: Sequence[TaskTable], kind: str) -> str:
     """The ratios at which the others would meet the methods of the kind."""
     there = {wording.exact(c.measured_ratio) for table in tables for c in _deep(table, kind)[:3]}
-    return f"; here {named(kind)} holds {', '.join(sorted(there))}: run the others at that --ratio" if there else ""
+    return (
+        f"; here {named(kind)} holds {', '.join(sorted(there))}: run the others at that {code('--ratio')}"
+        if there
+        else ""
+    )

@@ -14,7 +14,7 @@ from kvcli.analysis.tables.table import TaskTable
 TITLE = "Fewer shots, larger loss"
 ASKED = (
     "it takes one task with two numbers of shots at a ratio of 0.3 or less, full clearly above chance with both: "
-    "kvcli sweep --shots 1,8 --ratio 0.1"
+    f"{code('kvcli sweep --shots 1,8 --ratio 0.1')}"
 )
 
 

@@ -17,8 +17,8 @@ NAN = float("nan")
 WHOLE = ("cell", "sample", "cluster", "metric", "answered", "truncated", "flags", "offset")
 """Integers of a record, in the order in which `Columns.add` stores them."""
 FIGURES = (
-    "kept", "n_new", "repetition", "cut", "context_tokens", "context_ratio", "kl", "top1", "nll", "identical",
-    "bytes_full", "bytes_prefill", "bytes_end", "bytes_read", "bytes_match",
+    "kept", "n_new", "repetition", "incoherent", "cut", "context_tokens", "context_ratio", "kl", "top1", "nll",
+    "identical", "bytes_full", "bytes_prefill", "bytes_end", "bytes_read", "bytes_match",
 )  # fmt: skip
 """Names of Run.figures."""
 REAL = ("score", "measured_ratio", "n_prompt", *FIGURES)
@@ -73,8 +73,8 @@ class Columns:
         size, distance = record.kv_bytes or _NO_BYTES, record.fidelity or _NO_FIDELITY
         figures = (
             record.score if record.status == "ok" else None, record.measured_ratio, record.n_prompt,
-            record.kept, record.n_new, record.repetition, record.truncated, context.tokens, context.measured_ratio,
-            distance.kl, distance.top1, distance.nll, distance.identical,
+            record.kept, record.n_new, record.repetition, record.incoherent, record.truncated,
+            context.tokens, context.measured_ratio, distance.kl, distance.top1, distance.nll, distance.identical,
             size.full, size.prefill, size.end, size.read, size.match,
         )  # fmt: skip
         self._real.extend([NAN if figure is None else figure for figure in figures])

@@ -61,6 +61,7 @@ class Line:
     flags: list[str] | None = None
     kv_bytes: Bytes | None = None
     repetition: float | None = None
+    incoherent: bool | float | None = None
     fidelity: Fidelity | None = None
 
 
@@ -96,6 +97,7 @@ def read_slowly(line: bytes) -> Line:
         n_prompt=_number(record.get("n_prompt")), truncated=_number(record.get("truncated")),
         context=Context(**_numbers(record.get("context"), Context)), n_new=_number(record.get("n_new")),
         flags=[str(name) for name in record.get("flags") or ()], repetition=_number(record.get("repetition")),
+        incoherent=_number(record.get("incoherent")),
         kv_bytes=Bytes(**_numbers(record.get("kv_bytes"), Bytes)),
         fidelity=Fidelity(**_numbers(record.get("fidelity"), Fidelity)),
     )  # fmt: skip

@@ -94,9 +94,9 @@ class Run:
     extra: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     """Further figures of the scorers by name: [N], NaN where a record has none of that name."""
     figures: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-    """Further figures of the records: [N] for every name of FIGURES, NaN where a record has none. kept, n_new and
-    repetition are their fields, kl, top1, nll and identical (0 or 1) of `fidelity`, bytes_* of `kv_bytes`, context_* of
-    `context`; cut: tokens cut from the prompt by --truncate."""
+    """Further figures of the records: [N] for every name of FIGURES, NaN where a record has none. kept, n_new,
+    repetition and incoherent (0 or 1) are their fields, kl, top1, nll and identical (0 or 1) of `fidelity`, bytes_* of
+    `kv_bytes`, context_* of `context`; cut: tokens cut from the prompt by --truncate."""
     files: tuple[str, ...] = ()
     """Record files, named from the folder."""
     file: NDArray[np.int16] = field(default_factory=lambda: np.empty(0, np.int16))

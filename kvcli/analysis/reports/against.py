@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from kvcli.analysis.marked import Bullets, Grid, Paragraph, Section, code, section
 from kvcli.analysis.reading import names
 from kvcli.analysis.reading.load import Run
-from kvcli.analysis.reports.verdict_text import named
+from kvcli.analysis.reports.naming import named
 from kvcli.analysis.tables import published, wording
 from kvcli.analysis.tables.published import Published
 from kvcli.analysis.tables.table import DENSE, FULL, CellSummary, TaskTable

@@ -11,7 +11,7 @@ import numpy as np
 from kvcli.analysis.findings import Data
 from kvcli.analysis.marked import Bullets, Grid, Paragraph, Section, code, section, user
 from kvcli.analysis.reports import phrases
-from kvcli.analysis.reports.verdict_text import named
+from kvcli.analysis.reports.naming import named
 from kvcli.analysis.statistics import stats
 from kvcli.analysis.statistics.family import Family
 from kvcli.analysis.statistics.stats import Difference
@@ -67,7 +67,8 @@ def compare_section(first: Data, second: Data, margin: float = MARGIN) -> Sectio
         f"to its full, {theirs}", "first - second, points [simultaneous]", "verdict",
     )  # fmt: skip
     explained = (
-        f"First is {mine} ({code(first.run.model)}), second {theirs} ({code(second.run.model)}). "
+        f"First is {code(first.run.name)} (model {code(first.run.model)}), second {code(second.run.name)} (model "
+        f"{code(second.run.model)}). "
         f"{_paired(len(paired))} Differences to full are each run's own, unadjusted."
     )
     grid = Grid(head, rows, frozenset({3, 4, 5, 6, 7}))
@@ -115,8 +116,8 @@ def _verdicts(paired: Sequence[Both], said: Mapping[int, Verdict | None], first:
 def _outcome(kind: Kind, first: Data, margin: float) -> str:
     name, within = user(first.run.name), phrases.margin_text(margin)
     return {
-        Kind.LOSS: f"{name} is behind", Kind.GAIN: f"{name} is ahead", Kind.UNCHANGED: f"unchanged within {within}",
-        Kind.NO_LOSS: f"{name} is no more than {within} behind", Kind.OPEN: "not established",
+        Kind.LOSS: f"{name} is behind", Kind.GAIN: f"{name} is ahead", Kind.UNCHANGED: f"Unchanged within {within}",
+        Kind.NO_LOSS: f"{name} is no more than {within} behind", Kind.OPEN: "Not established",
     }[kind]  # fmt: skip
 
 

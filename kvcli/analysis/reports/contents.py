@@ -11,12 +11,14 @@ import numpy as np
 
 from kvcli.analysis import findings
 from kvcli.analysis.findings import Data, Finding, Outcome
-from kvcli.analysis.marked import Bullets, Grid, Paragraph, Section, code, section, strong, user
+from kvcli.analysis.marked import Bullets, Paragraph, Section, code, section, strong, user
 from kvcli.analysis.reading.load import Run
 from kvcli.analysis.reports import against, compare
+from kvcli.analysis.reports.averages import means_section
 from kvcli.analysis.reports.first_token import first_token_section
+from kvcli.analysis.reports.naming import named
 from kvcli.analysis.reports.ranking import Ranking, rank, ranking_section
-from kvcli.analysis.reports.verdict_text import named, verdict_section
+from kvcli.analysis.reports.verdict_text import verdict_section
 from kvcli.analysis.statistics import power, retention
 from kvcli.analysis.statistics.retention import Relative
 from kvcli.analysis.statistics.stats import Difference
@@ -25,8 +27,7 @@ from kvcli.analysis.tables.build import summarise
 from kvcli.analysis.tables.judged import Judged, judge_tables
 from kvcli.analysis.tables.means import TasksMean, over_tasks
 from kvcli.analysis.tables.scores import SampleScores
-from kvcli.analysis.tables.table import DENSE, CellSummary, TaskTable
-from kvcli.results.planned import planned
+from kvcli.analysis.tables.table import CellSummary, TaskTable
 
 
 @dataclass(frozen=True)
@@ -116,52 +117,6 @@ def contents(
     )  # fmt: skip
 
 
-def head(made: Contents) -> list[str]:
-    """One or two sentences under the title."""
-    run = made.run
-    text = f"Run {code(run.name)}, {len(run):,} records."
-    status = run.meta.get("status")
-    if status not in (None, "done", "complete", "finished"):
-        text += " " + strong(f"Status {status}: not all samples are in{_of_planned(run)}.")
-    text += _subset(run)
-    count = sum(len(table.warnings) for table in made.tables)
-    warned = strong(f"{count} sanity warning{'s' * (count > 1)}") + " below: read them with the verdict."
-    return [text, *([warned] if count else [])]
-
-
-def _of_planned(run: Run) -> str:
-    """' (12 of 40 records)'; empty where run.json holds no plan."""
-    whole = sum(planned(run.meta, {}).values())
-    return f" ({len(run):,} of {whole:,} records)" if whole > len(run) else ""
-
-
-def _subset(run: Run) -> str:
-    """Which samples were measured, where they are not all of every task."""
-    limits = _limits(run)
-    if not limits or limits == {None}:
-        return ""
-    known = sorted(limit for limit in limits if limit is not None)
-    if len(limits) == 1:
-        return f" A subset: {code(f'--limit {known[0]}')}, the same samples for every method."
-    most = "all" if None in limits else str(known[-1])
-    return (
-        f" Cells were measured on subsets of {known[0]} to {most} samples of a task ({code('--limit')}), nested: the "
-        "smaller ones lie within the larger. Differences use the samples both have."
-    )
-
-
-def _limits(run: Run) -> set[int | None]:
-    """The limits of all cells, each the largest that a command asked for; None: all samples."""
-    most: dict[str, float] = {}
-    for command in run.meta.get("generations") or []:
-        limit = (command.get("grid") or {}).get("limit")
-        for cell in command["cells"]:
-            most[cell] = max(most.get(cell, 0), float("inf") if limit is None else limit)
-    if not most:
-        return {run.config("limit")}
-    return {None if limit == float("inf") else int(limit) for limit in most.values()}
-
-
 def warnings_section(tables: Sequence[TaskTable], run: Run) -> Section:
     found = [f"{named(t, tables)}: {user(text)}." for t in tables for text in t.warnings]
     found += [
@@ -191,51 +146,6 @@ def _sum(counts: Any) -> int:
     return sum(counts.values()) if isinstance(counts, dict) else 0
 
 
-def means_section(means: Sequence[TasksMean]) -> Section | None:
-    """Chance-adjusted retention, mean over tasks: what claims across tasks use."""
-    if not means:
-        return None
-    columns = sorted({mean.column for mean in means}, key=lambda c: c.order)
-    groups: dict[tuple[str, str], list[TasksMean]] = {}
-    for mean in means:
-        groups.setdefault((mean.method, _mode_of(mean)), []).append(mean)
-    rows = []
-    for (method, mode), found in groups.items():
-        counts = sorted({len(mean.tasks) for mean in found})
-        kept = {mean.column.text: _kept(mean) for mean in found}
-        tasks = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        rows.append([code(method), mode, tasks, *(kept.get(column.text, "") for column in columns)])
-    explained = (
-        "Each task counts once, with its largest number of shots. Kept: (P - chance) / (P of full - chance), so tasks "
-        "of different chance compare. Intervals come from resampling samples within each task; they are 95 %, "
-        "unadjusted, and say nothing about tasks that were not run."
-    )
-    titles = ("method", "mode", "tasks", *(column.text for column in columns))
-    grid = Grid(titles, rows, frozenset(range(2, len(titles))))
-    return section("means", "Mean over tasks: share kept of what full has above chance", Paragraph(explained), grid)
-
-
-def _mode_of(mean: TasksMean) -> str:
-    parts = [mean.first_token, *([mean.query] if mean.query != "aware" else [])]
-    return ", ".join([*parts, *([user(mean.weights)] if mean.weights != DENSE else [])])
-
-
-def _kept(mean: TasksMean) -> str:
-    """'85 % [79, 89]', and which tasks are not in it, with the reason."""
-    found = mean.retention
-    why: dict[str, list[str]] = {}
-    for task, reason in mean.left_out:
-        why.setdefault(reason, []).append(code(task))
-    for task in found.left_out if found else ():
-        why.setdefault("not defined there", []).append(code(task))
-    left = "; ".join(f"without {', '.join(tasks)}: {reason}" for reason, tasks in why.items())
-    value = "-"
-    if found is not None:
-        ends = f" [{100 * found.interval.low:.0f}, {100 * found.interval.high:.0f}]" if found.interval else ""
-        value = f"{100 * found.value:.0f} %{ends}"
-    return f"{value} ({left})" if left else value
-
-
 def findings_section(found: Sequence[Finding]) -> Section:
     explained = (
         "What KVFundaBench found, tested on this run; docs/findings.md defines each test. Six tests share the 5 % "
@@ -243,6 +153,8 @@ def findings_section(found: Sequence[Finding]) -> Section:
     )
     items = []
     for one in found:
-        needs = f"Needs: {one.needs}." if one.needs and one.outcome is not Outcome.HOLDS else ""
+        needs = (
+            f"Needs: {one.needs.removeprefix('it takes ')}." if one.needs and one.outcome is not Outcome.HOLDS else ""
+        )
         items.append((f"{one.number}. {one.title}: {strong(one.outcome)}.", [t for t in (one.said, needs) if t]))
     return section("findings", "The paper's six findings, on this run", Paragraph(explained), Bullets(items))

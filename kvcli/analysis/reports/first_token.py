@@ -8,13 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvcli.analysis.marked import Grid, Paragraph, Section, code, section, strong
-from kvcli.analysis.reports.verdict_text import named, twin
+from kvcli.analysis.reading.load import Run
+from kvcli.analysis.reports.naming import named
 from kvcli.analysis.statistics.family import Family
 from kvcli.analysis.statistics.stats import Difference
 from kvcli.analysis.statistics.verdicts import MARGIN, Kind, Verdict, judge_all
 from kvcli.analysis.tables import matched, wording
 from kvcli.analysis.tables.scores import SampleScores
-from kvcli.analysis.tables.table import CellSummary, TaskTable
+from kvcli.analysis.tables.table import CellSummary, TaskTable, twin
+
+ONE_TOKEN = 2
+"""Generated tokens of an answer of one token: the end of the text is one too."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,9 @@ def first_token_section(
         f"{f', ahead of it in {ahead}' if ahead else ''}: paired differences on the same samples, a family of their own"
         f"{' (intervals hold together, p is Holm-adjusted)' if many else ''}. With prefill the first answer token is "
         "read from the prefill's own logits, before anything is evicted: a task that is answered by one token cannot "
-        "lose anything that way, whatever was evicted, so its flat line there says nothing about the method. Its loss "
-        "shows with compressed only. Kept tokens and bytes are the same in both, so what lies between the two is the "
+        "lose that token, whatever was evicted (only what is written behind it can still spoil the answer), so its "
+        "flat line there says nothing about the method. Its loss shows with compressed only. "
+        f"{_short(scores.run, tables)}Kept tokens and bytes are the same in both, so what lies between the two is the "
         "first token alone. Differences to full are of each cell alone, unadjusted."
     )
     head = (
@@ -56,6 +61,22 @@ def first_token_section(
     rest = f"Left out: {left} pair{'s' * (left > 1)} in which neither way is established behind the other."
     title = "First token: compressed against prefill"
     return section("first-token", title, Paragraph(said), grid, Paragraph(rest) if left else None)
+
+
+def _short(run: Run, tables: Sequence[TaskTable]) -> str:
+    """The tasks that full answers by one token."""
+    named_: list[str] = []
+    for table in tables:
+        rows = np.isin(
+            run.cell, [i for i, c in enumerate(run.cells) if table.full and c.cell_id in table.full.cell_ids]
+        )
+        tokens = run.figures["n_new"][rows & ~np.isnan(run.score)]
+        tokens = tokens[tokens > 0]
+        if len(tokens) and np.median(tokens) <= ONE_TOKEN:
+            named_.append(code(table.task))
+    if not named_:
+        return ""
+    return f"Here full answers by one token, and what ends it, in {', '.join(dict.fromkeys(named_))}. "
 
 
 def _row(pair: Ways) -> list[str]:

@@ -24,6 +24,8 @@ LONGEST = 1600
 """Characters of a region or an output that are shown; the middle of a longer one is left out."""
 LONGEST_MAP = 4000
 """Tokens of a prompt whose kept tokens are marked."""
+LONGEST_MARKED = 16_000
+"""Characters of a region whose kept tokens are marked: it can only be shown whole."""
 FIELDS = ("output", "extracted", "score", "n_prompt", "kept", "measured_ratio", "kept_by_region", "flags", "finish")
 
 _HEAD = re.compile(rb'\{"schema":\d+,"cell_id":"([^"\\]*)","sample_id":"([^"\\]*)"')
@@ -99,7 +101,8 @@ def chunk(
                 samples[flip.sample] = _sample(name, reference or record, texts, hidden)
             sha = record.get("prompt_sha")
             if sha and sha not in known and not hidden:
-                known[sha] = _prompt(prompts.get(sha), texts)
+                marked = _map_of(run.folder, record).is_file()
+                known[sha] = _prompt(prompts.get(sha), texts, LONGEST_MARKED if marked else LONGEST)
             marks = None if hidden else _marks(run.folder, record, known.get(sha))
             kept.update(marks or {})
             listed.append({
@@ -170,15 +173,15 @@ def _text(value: Any) -> str | None:
     return None if value is None else shortened(value if isinstance(value, str) else json.dumps(value), 400)
 
 
-def _prompt(entry: Any, texts: Texts) -> dict[str, Any] | None:
-    """Regions as [label, place of its text, tokens]; None where the text was not stored."""
+def _prompt(entry: Any, texts: Texts, longest: int) -> dict[str, Any] | None:
+    """Regions as [label, place of its text, tokens, whether it is cut]; None where the text was not stored."""
     if not isinstance(entry, dict) or entry.get("text") is None:
         return None
     text, ends = entry["text"], entry["offsets"]
     regions = []
     for label, start, end in entry["regions"]:
         words = text[ends[start - 1] if start else 0 : ends[end - 1]] if end > start else ""
-        regions.append([label, texts.add(shortened(words)), end - start, len(words) > LONGEST])
+        regions.append([label, texts.add(shortened(words, longest)), end - start, len(words) > longest])
     found: dict[str, Any] = {"regions": regions}
     if entry["n"] <= LONGEST_MAP and not any(cut for *_, cut in regions):
         found["ends"] = [int(end) for end in np.diff(np.array([0, *ends]))]
@@ -187,7 +190,7 @@ def _prompt(entry: Any, texts: Texts) -> dict[str, Any] | None:
 
 def _marks(folder: Path, record: Record, prompt: Any) -> dict[str, str] | None:
     """The share of layers and heads that kept each token, as one digit each: 0 to 9. Only of stored maps."""
-    path = store.map_path(folder, record["task"], record["sample_id"], record["cell_id"])
+    path = _map_of(folder, record)
     if not prompt or "ends" not in prompt or not record.get("n_prompt") or not path.is_file():
         return None
     share = np.zeros(record["n_prompt"])
@@ -196,6 +199,10 @@ def _marks(folder: Path, record: Record, prompt: Any) -> dict[str, str] | None:
         share += np.bincount(np.concatenate(heads), minlength=len(share)) / len(heads)
     digits = np.ceil(9 * share / len(maps) - 1e-9).astype(int)
     return {f"{record['cell_id']} {record['sample_id']}": "".join(map(str, digits.clip(0, 9)))}
+
+
+def _map_of(folder: Path, record: Record) -> Path:
+    return store.map_path(folder, record["task"], record["sample_id"], record["cell_id"])
 
 
 def shortened(text: str, longest: int = LONGEST) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from kvcli.analysis.marked import Bullets, Command, Grid, Paragraph, Section, code, section, user
@@ -19,11 +20,17 @@ FIRST_TOKEN = {
 }
 
 
+_MODEL = {
+    "revision": "revision", "dtype": "number format", "tokenizer": "tokenizer:", "parameters": "parameters",
+    "layers": "layers", "heads": "query heads", "kv_heads": "KV heads", "context": "longest context",
+}  # fmt: skip
+"""Facts of run.json that a reader wants first, in words."""
+
+
 def how_section(run: Run, tables: Sequence[TaskTable]) -> Section:
     """How it was measured."""
-    shown = ("revision", "dtype", "tokenizer", "parameters", "layers", "heads", "kv_heads", "context")
     facts = {k: v for part in ("identity", "model") for k, v in flat(run.meta.get(part))}
-    known = ", ".join(f"{k.replace('_', ' ')} {user(facts[k])}" for k in shown if k in facts)
+    known = ", ".join(f"{words} {user(grouped(facts[k]))}" for k, words in _MODEL.items() if k in facts)
     lines = [f"Model: {code(run.model)}" + (f" ({known})" if known else "") + "."]
     for first_token in dict.fromkeys(t.first_token for t in tables):
         meaning = FIRST_TOKEN.get(first_token, "")
@@ -89,6 +96,11 @@ def task_facts(table: TaskTable) -> str:
     return ", ".join(filter(None, parts))
 
 
+def table_facts(table: TaskTable) -> str:
+    """What stands above a table: of the task, then of the mode."""
+    return f"{task_facts(table)}; {user(wording.mode(table, with_shots=False))}."
+
+
 def provenance_section(run: Run) -> Section:
     parts = ("provenance", "identity", "model", "schema", "status", "created", "updated")
     facts = flat({k: run.meta[k] for k in parts if k in run.meta})
@@ -115,10 +127,15 @@ _WORDS = {
 _PLACES = ("provenance.versions.", "provenance.hardware.", "provenance.", "identity.", "model.")
 
 
+def grouped(value: str) -> str:
+    """'648,576'; what is no whole number as it is."""
+    return f"{int(value):,}" if value.isdecimal() and len(value) > 4 else value
+
+
 def worded(fact: tuple[str, str]) -> tuple[str, str]:
     """A fact of run.json in words: ('provenance.versions.torch', '2.13') is ('version of torch', '2.13')."""
     key, value = fact
-    value = {"True": "yes", "False": "no"}.get(value, value)
+    value = {"True": "yes", "False": "no"}.get(value, grouped(value) if key.startswith("model.") else value)
     if key in _WORDS:
         return _WORDS[key], value
     if key.startswith(_PLACES[0]):
@@ -143,13 +160,21 @@ def repeated(run: Run) -> tuple[str, tuple[str, ...]]:
             said = "These commands, in this order, repeat or resume this run"
         if len(typed) < len(every):
             said += "; calls from Python added to it too, see the grids under generations in run.json"
-        return f"{said}:", commands
+        return f"{said}{_moved(run, typed)}:", commands
     if passed:
         settings = ", ".join(f"{user(k)} = {user(v)}" for k, v in passed)
         if len(run.meta.get("generations") or ()) > 1:
             return f"Made by several calls from Python (generations in run.json); the last one: {settings}.", ()
         return f"Made from Python; the same settings repeat or resume it: {settings}.", ()
     return "run.json holds no command: this report was made from the records alone.", ()
+
+
+def _moved(run: Run, typed: Sequence[Sequence[Any]]) -> str:
+    """That the folder has another name by now than the commands give it: they would make a new one."""
+    places = [str(argv[at + 1]) for argv in typed for at, word in enumerate(argv[:-1]) if word == "--out"]
+    if not places or Path(places[-1]).name == run.name:
+        return ""
+    return f" (its folder was {code(places[-1])} and is {code(run.name)} now, which {code('--out')} has to name)"
 
 
 def flat(values: Any, before: str = "") -> list[tuple[str, str]]:
@@ -165,6 +190,6 @@ def flat(values: Any, before: str = "") -> list[tuple[str, str]]:
 
 
 def _listed(values: list[Any]) -> str:
-    """'2 in each of 32' where all are alike: facts per layer."""
+    """'2 in each of 32 layers' where all are alike: facts per layer."""
     alike = len(values) > 2 and all(v == values[0] for v in values)
-    return f"{values[0]} in each of {len(values)}" if alike else ", ".join(map(str, values))
+    return f"{values[0]} in each of {len(values)} layers" if alike else ", ".join(map(str, values))

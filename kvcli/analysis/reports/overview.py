@@ -7,22 +7,23 @@ from dataclasses import dataclass
 
 from kvcli.analysis.marked import Block, Grid, Paragraph, Section, code, raised, section, strong, user
 from kvcli.analysis.reports import phrases
-from kvcli.analysis.reports.verdict_text import told_apart, twin
+from kvcli.analysis.reports.naming import told_apart
 from kvcli.analysis.statistics.verdicts import Kind
 from kvcli.analysis.tables import wording
+from kvcli.analysis.tables.doubts import NOTHING, nothing_to_say
 from kvcli.analysis.tables.judged import Judged
-from kvcli.analysis.tables.table import DENSE, MATCH, OWN, CellSummary, Column, TaskTable
+from kvcli.analysis.tables.table import DENSE, MATCH, OWN, CellSummary, Column, TaskTable, joined, twin
 
 LEAST = 2
 """A size of fewer tables than this has no table over tasks: it would be a column of that task's own table."""
-WARNED = "w"
-"""Raised behind a task whose sanity warning has to be read with its numbers."""
+WARNED, SILENT = "w", "x"
+"""Raised behind a task whose sanity warning has to be read with its numbers, or of which nothing can be said."""
 VERDICT_MARKS = {Kind.UNCHANGED: "=", Kind.NO_LOSS: "+"}
 
 
 @dataclass(frozen=True)
 class Overview:
-    """One size in one query mode and kind of weights."""
+    """One size in one query mode, kind of weights and first-token mode."""
 
     column: Column
     mode: str
@@ -46,14 +47,17 @@ class Overview:
 
 
 def overviews(tables: Sequence[TaskTable]) -> list[Overview]:
-    """First-token mode prefill stands beside compressed in a section of its own, so not here too."""
-    spoken = [t for t in tables if t.rows and not (t.first_token == "prefill" and twin(t, tables))]
-    groups: dict[tuple[str, str], list[TaskTable]] = {}
+    """First-token mode prefill stands beside compressed in a section of its own, so not here too; methods that know
+    no such modes stand with the others."""
+    spoken = [t for t in joined(tables) if t.rows and not (t.first_token == "prefill" and twin(t, tables))]
+    groups: dict[tuple[str, str, str], list[TaskTable]] = {}
     for table in spoken:
-        groups.setdefault((table.query, table.weights), []).append(table)
+        groups.setdefault((table.query, table.weights, table.first_token), []).append(table)
+    several = len({t.first_token for t in spoken}) > 1
     found = []
-    for (query, weights), group in groups.items():
+    for (query, weights, first_token), group in groups.items():
         parts = [f"query {query}"] * (query != "aware") + [f"weights {weights}"] * (weights != DENSE)
+        parts += [f"first token {first_token}"] * several
         for column in sorted({c for t in group for c in t.columns}, key=lambda c: c.order):
             having = tuple(t for t in group if column in t.columns)
             if len(having) >= LEAST:
@@ -69,9 +73,13 @@ def _rows(column: Column, tables: Sequence[TaskTable]) -> tuple[tuple[str, tuple
     return tuple(sorted(found, key=lambda row: any(c is not None and phrases.is_control(c) for c in row[1])))
 
 
-def heads(one: Overview) -> list[tuple[str, str, bool]]:
-    """Of every column the task, what tells it from others of that task here, and whether it has a sanity warning."""
-    return [(t.task, told_apart(t, one.tables), bool(t.warnings)) for t in one.tables]
+def heads(one: Overview) -> list[tuple[str, str, str]]:
+    """Of every column the task, what tells it from others of that task here, and the letter of its sanity warning."""
+    return [(t.task, told_apart(t, one.tables), _letter(t)) for t in one.tables]
+
+
+def _letter(table: TaskTable) -> str:
+    return SILENT if nothing_to_say(table) else WARNED if table.warnings else ""
 
 
 def samples(one: Overview) -> str:
@@ -88,20 +96,22 @@ def explained(found: Sequence[Overview], judged: Judged) -> str:
     """How to read a cell; flags and shares only as far as they occur."""
     within = phrases.margin_text(judged.margin)
     size = judged.family.size
-    established = f"with all {size} comparisons considered" if size > 1 else "(the one comparison)"
+    established = f"with all {size:,} comparisons considered" if size > 1 else "(the one comparison)"
     cells = [cell for one in found for cell in one.cells]
     flags = [
         f"{mark}: {flag.replace('_', ' ')}"
         for flag, mark in wording.MARKS.items()
         if any(c.flags.get(flag) for c in cells)
     ]
-    flags += [f"{WARNED}: has a sanity warning"] * any(t.warnings for one in found for t in one.tables)
+    letters = {_letter(t) for one in found for t in one.tables}
+    flags += [f"{WARNED}: has a sanity warning"] * (WARNED in letters) + [f"{SILENT}: {NOTHING}"] * (SILENT in letters)
     shown = {mark for one in found for mark in _shares_of(one)}
     shares = [f"{mark} per cent of outputs {words}" for mark, words in wording.SHARE_WORDS.items() if mark in shown]
     text = (
         "Score, points to full [95 % interval of the cell alone, unadjusted]; bold: a loss or gain established "
         f"{established}; = unchanged within {within}, + no loss beyond {within}, all others not established."
     )
+    text += " " + wording.BOUND_MEANING + "." if any(map(wording.bounded, cells)) else ""
     text += f" Raised: {'; '.join(flags)}." if flags else ""
     near = f"beside methods only where further than {100 * wording.ALIKE:.0f} points from full's"
     return text + (f" {'; '.join(shares)}: {near}." if shares else "")
@@ -132,8 +142,8 @@ def _capital(text: str) -> str:
 
 def _grid(one: Overview, judged: Judged) -> Grid:
     head = ["method"]
-    for task, apart, warned in heads(one):
-        head.append(code(task) + (f" ({user(apart)})" if apart else "") + raised(WARNED * warned))
+    for task, apart, letter in heads(one):
+        head.append(code(task) + (f" ({user(apart)})" if apart else "") + raised(letter))
     full = [_full(table.full) for table in one.tables]
     rows = [[code("full"), *full]] if any(full) else []
     rows += [
@@ -160,7 +170,7 @@ def _cell(cell: CellSummary | None, full: CellSummary | None, judged: Judged) ->
         return " ".join(filter(None, [wording.score(cell.score) + flags, shares]))
     value = wording.points(cell.difference.value)
     value = strong(value) if wording.established(cell) else value
-    ends = wording.points_interval(cell.difference.interval)
+    ends = wording.points_interval(cell.difference.interval) + raised(wording.BOUND * wording.bounded(cell))
     said = f"{wording.score(cell.score)}, {value}{flags} {ends}"
     return " ".join(filter(None, [said, mark(cell, judged), shares]))
 

@@ -17,10 +17,11 @@ from typing import Any
 from kvcli.analysis.attention.page import script_json
 from kvcli.analysis.marked import Block, Bullets, Command, Grid, Paragraph, Section, pieces, plain
 from kvcli.analysis.reports import flips
-from kvcli.analysis.reports.contents import Contents, head
+from kvcli.analysis.reports.contents import Contents
 from kvcli.analysis.reports.flips import CellFlips
-from kvcli.analysis.reports.how import how_section, provenance_section, repeated, task_facts
-from kvcli.analysis.reports.verdict_text import label
+from kvcli.analysis.reports.how import how_section, provenance_section, repeated, table_facts
+from kvcli.analysis.reports.naming import label, told_apart
+from kvcli.analysis.reports.opening import head
 from kvcli.analysis.tables import detectable, wording
 from kvcli.analysis.tables.table import CellSummary, TaskTable
 from kvcli.results import store
@@ -86,10 +87,10 @@ def page_data(made: Contents, every: Sequence[Sequence[CellFlips]], most: int) -
 
 
 def _table(made: Contents, table: TaskTable) -> dict[str, Any]:
-    facts = f"{plain(task_facts(table))}; {wording.mode(table)}. {detectable.sentence(table, made.judged)}".strip()
+    facts = f"{plain(table_facts(table))} {detectable.sentence(table, made.judged)}".strip()
     return {
-        "label": label(table, made.tables), "task": table.task, "facts": facts, "warnings": list(table.warnings),
-        "notes": list(table.notes), "harmful": table.harmful,
+        "label": label(table, made.tables), "task": table.task, "apart": told_apart(table, made.tables),
+        "facts": facts, "warnings": list(table.warnings), "notes": list(table.notes), "harmful": table.harmful,
     }  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def _row(
         _ends(verdict.interval) if verdict else None, _number(cell.relative) if cell.difference else None,
         _number(kept.value) if kept else None, _ends(kept.interval) if kept else None,
         _number(verdict.p) if verdict else None,
-        [change.better, change.worse] if change else None, str(verdict.kind) if verdict else "",
+        [change.better, change.worse] if change else None, made.judged.said(cell),
         ", ".join(filter(None, flags)), wording.repeats(cell), wording.figures(cell), place, total, shown,
         cell.over_budget, verdict.needed.samples if verdict and verdict.needed else None,
         _number(made.detectable(change)), _number(cell.kl), _number(cell.top1),

@@ -1,4 +1,4 @@
-"""The words of verdict sentences: where, how much, how sure, and what a cell or a table is to be read with."""
+"""The words of verdict sentences: where, how much, how sure, and what a cell is to be read with."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from kvcli.analysis.marked import user
 from kvcli.analysis.reading.roles import names_of
 from kvcli.analysis.statistics.verdicts import Kind, Verdict
 from kvcli.analysis.tables import wording
-from kvcli.analysis.tables.doubts import NO_ANSWER_LIMIT
-from kvcli.analysis.tables.table import MATCH, CellSummary, TaskTable
+from kvcli.analysis.tables.table import MATCH, CellSummary
 
 NOOP_SAID = 0.05
 """From this share of samples on that were too short to compress, a sentence says how many."""
@@ -20,18 +19,6 @@ def is_control(cell: CellSummary) -> bool:
     """Also with settings, in a composition and while generating."""
     parts = cell.method.partition(" [")[0].split("+")
     return any(part.partition(":")[0] in names_of("control") for part in parts)
-
-
-def nothing_to_say(table: TaskTable) -> str:
-    """Why no difference to this full says anything about compression; empty where it does."""
-    full, chance = table.full, table.chance or 0.0
-    if full is None or not full.n:
-        return ""
-    if full.interval is not None and full.interval.low <= chance:
-        return f"full is not clearly above chance ({wording.score(full.score)}, chance {wording.score(chance)})"
-    if full.no_answer > NO_ANSWER_LIMIT:
-        return f"{wording.share(full.no_answer)} of full's outputs hold no answer"
-    return ""
 
 
 def margin_text(margin: float) -> str:
@@ -114,6 +101,17 @@ def p_text(verdict: Verdict) -> str:
 def amount(verdict: Verdict) -> str:
     """'12.3 points [8.1, 16.4] (adjusted p < 0.001)'."""
     return magnitude(verdict) + p_text(verdict)
+
+
+def simultaneous(verdict: Verdict) -> str:
+    """', simultaneous' of an interval that holds with those of the others, as a table's does not."""
+    return ", simultaneous" if verdict.family > 1 else ""
+
+
+def sure(verdict: Verdict) -> str:
+    """' (simultaneous, adjusted p < 0.001)', to stand behind an amount with its interval."""
+    said = ", ".join(filter(None, [simultaneous(verdict).removeprefix(", "), p_words(verdict)]))
+    return f" ({said})" if said else ""
 
 
 def needs(verdicts: Sequence[Verdict]) -> str:

@@ -11,14 +11,14 @@ import numpy as np
 from kvcli.analysis.marked import Bullets, Grid, Paragraph, Section, code, section, user
 from kvcli.analysis.reading.load import Run
 from kvcli.analysis.reports import phrases
-from kvcli.analysis.reports.verdict_text import named, twin
+from kvcli.analysis.reports.naming import named
 from kvcli.analysis.statistics.stats import Difference
 from kvcli.analysis.statistics.verdicts import MARGIN, Kind, judge_all
 from kvcli.analysis.tables import matched, wording
-from kvcli.analysis.tables.doubts import unlike_reference
+from kvcli.analysis.tables.doubts import nothing_to_say, unlike_reference
 from kvcli.analysis.tables.matched import Pair
 from kvcli.analysis.tables.scores import SampleScores
-from kvcli.analysis.tables.table import CellSummary, TaskTable
+from kvcli.analysis.tables.table import CellSummary, TaskTable, twin
 
 NOTHING = "none"
 
@@ -30,6 +30,7 @@ class Ranking:
     pairs: tuple[Pair, ...]
     refused: tuple[tuple[TaskTable, str], ...]
     """Tables whose methods are not ranked, and why."""
+    margin: float = MARGIN
 
 
 def rank(run: Run, scores: SampleScores, tables: Sequence[TaskTable], margin: float = MARGIN) -> Ranking:
@@ -43,13 +44,13 @@ def rank(run: Run, scores: SampleScores, tables: Sequence[TaskTable], margin: fl
     asked = [t for t in tables if not _refused(t) and not (t.first_token == "prefill" and twin(t, tables))]
     found = [pair for table in asked for column in table.columns for pair in _with_best(scores, table, column.text)]
     verdicts = judge_all([entry[-1] for entry in found], matched.family_of(run, tables), margin)
-    return Ranking(tuple(Pair(*e, v) for e, v in zip(found, verdicts, strict=True) if v is not None), refused)
+    return Ranking(tuple(Pair(*e, v) for e, v in zip(found, verdicts, strict=True) if v is not None), refused, margin)
 
 
 def _refused(table: TaskTable) -> str:
     """Why a table's methods are not ranked; empty where they are, or where there is but one."""
     several = max(Counter(cell.column for cell in table.cells()).values(), default=0) > 1
-    return (phrases.nothing_to_say(table) or unlike_reference(table)) if several else ""
+    return (nothing_to_say(table) or unlike_reference(table)) if several else ""
 
 
 def _with_best(
@@ -83,14 +84,16 @@ def ranking_section(ranking: Ranking, tables: Sequence[TaskTable]) -> Section | 
     explained = (
         f"Paired differences between methods whose measured bytes differ by at most {100 * matched.TOLERANCE:.0f} %, "
         f"on the same samples. {_family(ranking)} Methods over budget, and those that fell back or did nothing in most "
-        "samples, are not compared. The highest score is no winner: methods of the last column may be as good."
+        "samples, are not compared. The highest score is no winner: methods of the last column may be as good; those "
+        "seen behind it are not told apart from it by so few samples."
     )
     head = (
         "task",
         "asked",
         "highest score",
         "established behind it, by points [simultaneous]",
-        "not told apart from it",
+        "seen behind it, not established",
+        f"at most {phrases.margin_text(ranking.margin)} behind it, not established",
     )
     grid = Grid(head, rows) if rows else None
     alike = "; ".join(f"{task} at {', '.join(columns)}" for task, columns in flat.items())
@@ -111,7 +114,7 @@ def _family(ranking: Ranking) -> str:
     if size < 2:
         return "The plan asks one pair for the same size: its interval is a 95 % interval, its p is not adjusted."
     return (
-        f"The family is all {size} pairs that the plan asks for the same size: intervals hold together, p is "
+        f"The family is all {size:,} pairs that the plan asks for the same size: intervals hold together, p is "
         "Holm-adjusted."
     )
 
@@ -126,14 +129,18 @@ def _grouped(pairs: Sequence[Pair]) -> list[tuple[tuple[TaskTable, str], list[Pa
 def _row(table: TaskTable, column: str, pairs: Sequence[Pair], tables: Sequence[TaskTable]) -> list[str]:
     best = pairs[0].first
     behind = [(pair.second, pair) for pair in pairs if pair.verdict.kind is Kind.GAIN]
-    beside = [(pair.second, pair) for pair in pairs if pair.verdict.kind is not Kind.GAIN]
-    compared = {other.label for other, _ in behind + beside} | {best.label}
+    others = [(pair.second, pair) for pair in pairs if pair.verdict.kind is not Kind.GAIN]
+    seen = [(other, pair) for other, pair in others if pair.verdict.value > pair.verdict.margin]
+    compared = {pair.second.label for pair in pairs} | {best.label}
     apart = [cell for cell in table.cells() if cell.column == column and cell.n and cell.label not in compared]
     said = "; ".join(f"{_named(o)} {_ends(p)}" for o, p in sorted(behind, key=lambda b: b[0].score))
-    together = ", ".join(_named(o) for o, _ in beside)
+    apart_by = "; ".join(
+        f"{_named(o)} {100 * p.verdict.value:.1f}" for o, p in sorted(seen, key=lambda b: -b[1].verdict.value)
+    )
+    together = ", ".join(_named(o) for o, p in others if p.verdict.value <= p.verdict.margin)
     why = "; ".join(f"{code(c.label)}, {phrases.not_comparable(c) or 'other bytes'}" for c in apart)
     left = f" (not compared: {why})" if apart else ""
-    return [named(table, tables), column, _score(best), said or NOTHING, (together or "none") + left]
+    return [named(table, tables), column, _score(best), said or NOTHING, apart_by or NOTHING, (together or NOTHING) + left]
 
 
 def _ends(pair: Pair) -> str:

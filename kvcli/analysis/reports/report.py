@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvcli.analysis.marked import Block, Bullets, Command, Grid, Paragraph, Section, pieces
 from kvcli.analysis.reading.load import Run
-from kvcli.analysis.reports.contents import Contents, contents, head
-from kvcli.analysis.reports.how import how_section, provenance_section, task_facts
+from kvcli.analysis.reports.contents import Contents, contents
+from kvcli.analysis.reports.how import how_section, provenance_section, table_facts
+from kvcli.analysis.reports.markdown import as_code, escaped, inline, section
+from kvcli.analysis.reports.naming import named
+from kvcli.analysis.reports.opening import head
 from kvcli.analysis.reports.overview import mark, overview_section
-from kvcli.analysis.reports.verdict_text import named
 from kvcli.analysis.statistics.stats import Difference
 from kvcli.analysis.tables import detectable, wording
 from kvcli.analysis.tables.table import CellSummary, TaskTable
@@ -58,63 +59,15 @@ def document(made: Contents, pictures: Sequence[str] = ()) -> str:
     parts = [[f"# KV cache compression: {escaped(made.run.model)}", "", *_head(made)]]
     verdict, *further = made.sections()
     over_tasks = overview_section(made.tables, made.judged)
-    parts += [_section(part) for part in (verdict, *([over_tasks] if over_tasks else []), *further)]
-    parts += [_figures(pictures), _tables(made), _section(how_section(made.run, made.tables))]
-    parts += [_section(provenance_section(made.run))]
+    parts += [section(part) for part in (verdict, *([over_tasks] if over_tasks else []), *further)]
+    parts += [_figures(pictures), _tables(made), section(how_section(made.run, made.tables))]
+    parts += [section(provenance_section(made.run))]
     return "\n\n".join("\n".join(part).rstrip("\n") for part in parts if part) + "\n"
 
 
 def _head(made: Contents) -> list[str]:
     text, *warned = (inline(line) for line in head(made))
     return [text, *(part for line in warned for part in ("", f"> {line}"))]
-
-
-def _section(part: Section) -> list[str]:
-    lines = [f"## {inline(part.title)}", ""]
-    for block in part.blocks:
-        lines += [*_block(block), ""]
-    return lines
-
-
-def _block(block: Block) -> list[str]:
-    if isinstance(block, Paragraph):
-        return [f"> {inline(block.text)}" if block.warning else inline(block.text)]
-    if isinstance(block, Bullets):
-        return [
-            line for text, under in block.items for line in (f"- {inline(text)}", *(f"  - {inline(t)}" for t in under))
-        ]
-    if isinstance(block, Command):
-        return ["```sh", block.text, "```"]
-    return _grid(block)
-
-
-def _grid(grid: Grid) -> list[str]:
-    marks = ["---:" if i in grid.right else "---" for i in range(len(grid.head))]
-    rows = [grid.head, *grid.rows]
-    drawn = ["| " + " | ".join(inline(field, cell=True) for field in row) + " |" for row in rows]
-    return [drawn[0], "| " + " | ".join(marks) + " |", *drawn[1:]]
-
-
-def inline(text: str, *, cell: bool = False) -> str:
-    """Text with its marks as Markdown. cell: inside a table, where a pipe would end the cell."""
-    drawn = []
-    for words, kind in pieces(text):
-        if kind == "code":
-            drawn.append(as_code(words))
-        elif kind == "user":
-            drawn.append(escaped(words))
-        elif kind == "raised":
-            drawn.append(f"<sup>{escaped(words)}</sup>")
-        else:
-            own = words.replace("|", "\\|") if cell else words
-            drawn.append(f"**{_bold(words)}**" if kind == "strong" else own)
-    return "".join(drawn)
-
-
-def _bold(words: str) -> str:
-    """Brackets of an interval stay as they are; those of a link do not."""
-    plain = escaped(words)
-    return plain if "](" in words else plain.replace("\\[", "[").replace("\\]", "]")
 
 
 def _figures(pictures: Sequence[str]) -> list[str]:
@@ -134,7 +87,7 @@ def _tables(made: Contents) -> list[str]:
 def table_lines(table: TaskTable, made: Contents) -> list[str]:
     """One task as a Markdown table: a row per method and ratio, full first; of many, a row per method."""
     seen = detectable.sentence(table, made.judged)
-    lines = [f"{inline(task_facts(table))}; {escaped(wording.mode(table))}.{' ' * bool(seen)}{seen}", ""]
+    lines = [f"{inline(table_facts(table))}{' ' * bool(seen)}{seen}", ""]
     lines += [f"> {escaped(text)}\n" for text in (*(f"warning: {w}" for w in table.warnings), *table.notes)]
     if len(table.cells()) > LONG:
         return [*lines, *_short_table(table, made)]
@@ -199,7 +152,7 @@ def _row(cell: CellSummary, table: TaskTable, made: Contents, more: bool) -> str
         _difference(change, wording.established(cell)),
         wording.relative(cell.relative) if cell.difference else "", wording.kept(kept) if kept else "",
         wording.p_value(verdict.p) if verdict else "", f"{change.better} / {change.worse}" if change else "",
-        str(verdict.kind) if verdict else "",
+        made.judged.said(cell),
         *[escaped(wording.figures(cell))] * more, ", ".join(filter(None, marks)),
     ]  # fmt: skip
     return "| " + " | ".join(fields) + " |"
@@ -238,8 +191,8 @@ def _legend(tables: Sequence[TaskTable]) -> list[str]:
     lines = [
         "Columns: *asked* kept ratio or budget; *measured* bytes kept over the 16-bit full cache; *no answer* share "
         "of outputs without an extractable answer (of requests: incoherent or empty ones); *incoherent* share of "
-        "outputs that run in circles (of requests: that are no text; - where nothing is generated); *cut* share "
-        "stopped by the token limit; *relative* delta P = (P - P_full) / P_full; *kept* (P - chance) / (P_full - "
+        "outputs that are no text: empty, in circles, signs or words at random (- where nothing is generated); *cut* "
+        "share stopped by the token limit; *relative* delta P = (P - P_full) / P_full; *kept* (P - chance) / (P_full - "
         "chance); *p (Holm)* two-sided, and *verdict*: all comparisons considered; *better / worse* samples that "
         "changed; *also* means of what the scorer gives beside the score. "
         "Intervals are of each cell alone: 95 %, unadjusted. **Bold**: established, a loss or gain by the verdict.",
@@ -250,16 +203,3 @@ def _legend(tables: Sequence[TaskTable]) -> list[str]:
     flags = {flag for table in tables for cell in table.cells() for flag in cell.flags}
     meanings = [(wording.MARKS[flag], wording.MEANING[wording.MARKS[flag]]) for flag in wording.MARKS if flag in flags]
     return lines + ["", *(f"- {mark}, {escaped(text)}" for mark, text in meanings)] * bool(meanings)
-
-
-def escaped(value: object) -> str:
-    """Text of a model, a task or a user that must not act as Markdown."""
-    text = " ".join(str(value).split())
-    for char in "\\`*<>|[]":
-        text = text.replace(char, f"\\{char}")
-    return text
-
-
-def as_code(text: str) -> str:
-    """A name as it is typed; pipes would end a table's cell."""
-    return "`" + " ".join(text.split()).replace("`", "'").replace("|", "\\|") + "`"

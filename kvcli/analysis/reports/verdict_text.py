@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from kvcli.analysis.marked import Block, Bullets, Paragraph, Section, code, section, strong, user
 from kvcli.analysis.reports import phrases
+from kvcli.analysis.reports.naming import told_apart
 from kvcli.analysis.statistics.family import Family
 from kvcli.analysis.statistics.verdicts import Kind, Verdict
 from kvcli.analysis.tables import wording
-from kvcli.analysis.tables.doubts import unlike_reference
+from kvcli.analysis.tables.doubts import NOTHING, nothing_to_say, unlike_reference
 from kvcli.analysis.tables.judged import Judged
-from kvcli.analysis.tables.table import DENSE, CellSummary, TaskTable
+from kvcli.analysis.tables.table import CellSummary, TaskTable, dense_twin, joined, twin
 
 OVER_BUDGET = (
     "Over budget = the method kept more than was asked for. A loss is a loss all the same, but such a cell is not "
@@ -20,6 +21,9 @@ OVER_BUDGET = (
 )
 MOST_NAMED = 8
 """So many methods of a task are named with their numbers in one point; the others by name alone."""
+
+SEEN = 0.0005
+"""A difference that is printed as 0.0 points was not seen."""
 
 Item = tuple[str, Sequence[str]]
 
@@ -34,20 +38,21 @@ class Found:
 
 def verdict_section(tables: Sequence[TaskTable], judged: Judged) -> Section:
     """One point for each task, its worst loss first; what was shown, and what was not, under it."""
-    spoken = [t for t in tables if not (t.first_token == "prefill" and twin(t, tables))]
+    every = joined(tables)
+    spoken = [t for t in every if not (t.first_token == "prefill" and twin(t, every))]
     per_table = [(table, _found(table, judged)) for table in spoken]
     items: list[Item] = []
     for table, found in per_table:
-        items += [_item(table, tables, found, judged.margin)] if found else []
-        items += _weights_item(table, tables, judged)
+        items += [_item(table, every, found, judged.margin)] if found else []
+        items += _weights_item(table, every, judged)
     if not items:
         compared = any(table.rows for table in tables)
         reason = "there is no finished sample of both full and a method" if compared else "only full was run"
         return section("verdict", "Verdict", Paragraph(f"Nothing can be said: {reason}."))
     blocks: list[Block] = [Bullets(items), Paragraph(how_judged(judged))]
-    if len(spoken) < len(tables):
+    if len(spoken) < len(every):
         blocks.append(Paragraph("First token compressed only; prefill stands beside it in a section of its own."))
-    if any(f.cell.over_budget for table, found in per_table if not phrases.nothing_to_say(table) for f in found):
+    if any(f.cell.over_budget for table, found in per_table if not nothing_to_say(table) for f in found):
         blocks.append(Paragraph(OVER_BUDGET))
     return section("verdict", "Verdict", *blocks)
 
@@ -56,7 +61,7 @@ def how_judged(judged: Judged) -> str:
     """What stands behind the sentences: the family, the level, the margin."""
     family = judged.family
     many = (
-        f"The intervals of all {family.size} comparisons hold together with 95 % (each is made at "
+        f"The intervals of all {family.size:,} comparisons hold together with 95 % (each is made at "
         f"{100 * family.level:.4g} %; {_fixed(family)}), and p-values are Holm-adjusted"
         if family.size > 1
         else "One comparison, 95 % interval"
@@ -88,45 +93,6 @@ def _looked(family: Family) -> str:
     return f"Samples were added by {command} ({sizes}): the 95 % hold for one look. "
 
 
-def twin(table: TaskTable, tables: Sequence[TaskTable]) -> TaskTable | None:
-    """The same prompts with the first token through the compressed cache."""
-    key = prompts_of(table)
-    return next((t for t in tables if t.first_token == "compressed" and prompts_of(t) == key), None)
-
-
-def prompts_of(table: TaskTable) -> tuple[object, ...]:
-    """All but how the first token is computed; the weights last."""
-    return (table.task, table.query, table.shots, table.shot_seed, table.shot_order, table.weights)
-
-
-def label(table: TaskTable, tables: Sequence[TaskTable]) -> str:
-    """The task, with what tells its tables apart where it has several."""
-    return f"{table.task}{f' ({apart})' if (apart := told_apart(table, tables)) else ''}"
-
-
-def named(table: TaskTable, tables: Sequence[TaskTable]) -> str:
-    """The same, marked as a name."""
-    apart = told_apart(table, tables)
-    return f"{code(table.task)}{f' ({user(apart)})' if apart else ''}"
-
-
-def told_apart(table: TaskTable, tables: Sequence[TaskTable]) -> str:
-    same = [t for t in tables if t.task == table.task]
-
-    def differ(name: str) -> bool:
-        return len({getattr(t, name) for t in same}) > 1
-
-    parts = [
-        f"first token {table.first_token}" if differ("first_token") else "",
-        f"query {table.query}" if differ("query") else "",
-        wording.shots(table.shots) if differ("shots") and table.shots is not None else "",
-        f"shot seed {table.shot_seed}" if differ("shot_seed") else "",
-        f"shot order {table.shot_order}" if differ("shot_order") else "",
-        table.weights if table.weights != DENSE else "",
-    ]
-    return ", ".join(filter(None, parts))
-
-
 def _found(table: TaskTable, judged: Judged) -> list[Found]:
     pairs = ((cell, judged.of(cell)) for cell in table.cells())
     return [Found(cell, verdict) for cell, verdict in pairs if verdict is not None]
@@ -134,9 +100,9 @@ def _found(table: TaskTable, judged: Judged) -> list[Found]:
 
 def _item(table: TaskTable, tables: Sequence[TaskTable], found: Sequence[Found], margin: float) -> Item:
     """What a task's methods lose. Controls lead only where nothing else was run."""
-    nothing = phrases.nothing_to_say(table)
+    nothing = nothing_to_say(table)
     if nothing:
-        return _lead(table, tables, found, f"nothing can be said: {nothing}"), []
+        return _lead(table, tables, found, f"{NOTHING}: {nothing}"), []
     methods = [f for f in found if not phrases.is_control(f.cell)] or list(found)
     controls = [f for f in found if f not in methods]
     points = _points(table, methods, margin) if len(methods) > 1 else []
@@ -157,13 +123,9 @@ def _weights_item(table: TaskTable, tables: Sequence[TaskTable], judged: Judged)
     verdict = judged.of(table.full) if table.full is not None else None
     if table.full is None or verdict is None:
         return []
-    prompts = (*prompts_of(table)[:-1], DENSE)
-    dense = next((t for t in tables if prompts_of(t) == prompts and phrases.nothing_to_say(t)), None)
-    said = (
-        f"nothing can be said, with dense weights {phrases.nothing_to_say(dense)}"
-        if dense
-        else _cost(verdict, judged.margin)
-    )
+    dense = dense_twin(table, tables)
+    nothing = nothing_to_say(dense) if dense else ""
+    said = f"{NOTHING}, with dense weights {nothing}" if nothing else _cost(verdict, judged.margin)
     said = f"full with these weights against full with dense weights: {said}"
     return [(_lead(table, tables, [Found(table.full, verdict)], said), [])]
 
@@ -181,13 +143,15 @@ def _headline(table: TaskTable, found: Sequence[Found], margin: float) -> str:
     lost = _of(found, Kind.LOSS)
     if lost and unlike_reference(table):
         return (
-            f"a loss is established in {len(lost)} of {len(found)} cells; methods are not ranked, because full is not "
+            f"a loss is established in {_of_cells(len(lost), len(found))}; methods are not ranked, because full is not "
             "where it was published"
         )
     if lost:
-        worst = min(lost, key=lambda f: f.verdict.value)
-        size = strong(phrases.magnitude(worst.verdict)) + phrases.p_text(worst.verdict)
-        return f"loses {size} at {phrases.at(worst.cell)} with {code(worst.cell.label)}{_spread(table, found)}"
+        own = [f for f in lost if not f.cell.all_fallback] or lost
+        worst = min(own, key=lambda f: f.verdict.value)
+        size = strong(phrases.magnitude(worst.verdict)) + phrases.sure(worst.verdict)
+        said = f"loses {size} at {phrases.at(worst.cell)} with {code(worst.cell.label)}{_spread(table, found)}"
+        return said + _beyond([f for f in lost if f not in own and f.verdict.value <= worst.verdict.value])
     known = [f for f in found if f.verdict.interval is not None]
     if not known:
         return f"cannot be judged, {phrases.lone([f.verdict for f in found])}"
@@ -204,6 +168,18 @@ def _headline(table: TaskTable, found: Sequence[Found], margin: float) -> str:
         what = "" if len(known) == 1 else "; the largest difference seen"
         return f"not established{phrases.needs([f.verdict for f in known])}{what}: {seen}"
     return f"no loss established; no loss beyond {within} in some cells, not established in others"
+
+
+def _beyond(found: Sequence[Found]) -> str:
+    """Losses as large in cells in which no output is of the method named."""
+    names = "; ".join(
+        f"{code(name)} {100 * -min(f.verdict.value for f in cells):.1f}" for name, cells in _by_method(found).items()
+    )
+    return f"; as much or more only as fallback, by points: {names}" if names else ""
+
+
+def _of_cells(count: int, whole: int) -> str:
+    return "its one cell" if whole == 1 else f"{count} of its {whole} cells"
 
 
 def _spread(table: TaskTable, found: Sequence[Found]) -> str:
@@ -227,16 +203,47 @@ def _points(table: TaskTable, found: Sequence[Found], margin: float) -> list[str
         cells = [f for f in _of(found, kind) if f.verdict.interval is not None]
         if not cells:
             continue
-        if kind in (Kind.LOSS, Kind.GAIN):
-            text = _amounts(cells, not unlike_reference(table), order)
+        if kind is Kind.OPEN:
+            points += _open_points(cells, order)
+        elif kind in (Kind.LOSS, Kind.GAIN):
+            points.append(f"{head}: {_amounts(cells, not unlike_reference(table), order)}.")
         else:
-            text = _places(cells, order)
-        more = phrases.needs([f.verdict for f in cells]) if kind is Kind.OPEN else ""
-        points.append(f"{head}{more}: {text}.")
+            points.append(f"{head}: {_places(cells, order)}.")
     alone = [f for f in found if f.verdict.interval is None]
     if alone:
         points.append(f"cannot be judged ({phrases.lone([f.verdict for f in alone])}): {_places(alone, order)}.")
     return points
+
+
+def _open_points(found: Sequence[Found], order: Sequence[str]) -> list[str]:
+    """What is not established, by what was seen: a loss, a gain, or nothing, of which n says how much it could be."""
+    points = []
+    for sign, head in ((-1, "loss seen, not established"), (1, "gain seen, not established")):
+        cells = [f for f in found if sign * f.verdict.value > SEEN]
+        if cells:
+            points.append(f"{head}{phrases.needs([f.verdict for f in cells])}: {_seen(cells, order)}.")
+    flat = [f for f in found if abs(f.verdict.value) <= SEEN]
+    if flat:
+        most = max(-f.verdict.interval.low for f in flat if f.verdict.interval)
+        excluded = f"a loss of {100 * most:.1f} points is not excluded{phrases.simultaneous(flat[0].verdict)}"
+        needs = phrases.needs([f.verdict for f in flat]).removeprefix(" (").removesuffix(")")
+        points.append(f"no difference seen, not established ({needs}; {excluded}): {_places(flat, order)}.")
+    return points
+
+
+def _seen(found: Sequence[Found], order: Sequence[str]) -> str:
+    """Each method once with what was seen at each size, the largest first."""
+    groups = sorted(_by_method(found).items(), key=lambda g: -max(abs(f.verdict.value) for f in g[1]))
+    named = [
+        f"{code(name)} "
+        + ", ".join(
+            f"{wording.points(f.verdict.value)} at {phrases.at(f.cell)}"
+            for f in sorted(cells, key=lambda f: order.index(f.cell.column))
+        )
+        for name, cells in groups[:MOST_NAMED]
+    ]
+    more = [code(name) for name, _ in groups[MOST_NAMED:]]
+    return "; ".join(named) + (f"; and {', '.join(more)} (tables below)" if more else "")
 
 
 def _heads(margin: float) -> dict[Kind, str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from scipy import optimize, special
 
+from kvcli.analysis.statistics import signs
 from kvcli.analysis.statistics.proportions import LEVEL, Pairs, normal_quantile, score_variance
 from kvcli.analysis.statistics.spread import Skewed, Spread
 from kvcli.analysis.statistics.stats import Difference
@@ -40,6 +41,8 @@ def detectable(found: Difference, level: float = LEVEL) -> float | None:
         return None
     if isinstance(basis, Pairs):
         return _detectable_share(basis.n, basis.discordance, level)
+    if basis.units < signs.fewest_signs(level):
+        return None
     if isinstance(basis, Skewed):
         return _possible((normal_quantile(level) + _beta()) * basis.error)
     smallest = _noncentrality(basis.units, level) * basis.error
@@ -114,7 +117,7 @@ def _units(basis: Any, value: float, null: float, level: float) -> int:
     spread = basis.error * math.sqrt(basis.units)
     alike = isinstance(basis, Spread) and basis.alike
     flat = pairs_needed(max(value, 0.0), max(-value, 0.0), null, level) if alike else 0
-    return max(units_needed(spread, value - null, level), flat)
+    return max(units_needed(spread, value - null, level), flat, 0 if null else signs.fewest_signs(level))
 
 
 def pairs_needed(better: float, worse: float, null: float = 0.0, level: float = LEVEL) -> int:

@@ -26,6 +26,11 @@ class Interval:
     method: str
     note: str = ""
 
+    @property
+    def bound(self) -> bool:
+        """The worst case over what was not seen, because nearly all units agree (spread.share_bound)."""
+        return "share bound" in self.method
+
 
 @dataclass(frozen=True)
 class Pairs:

@@ -137,7 +137,8 @@ def share_bound(mean: float, units: int, least: float, most: float, level: float
     """How far the mean may lie off when the units seen agree: at most a share w of all units is unlike them.
 
     w is Wilson's upper limit for 0 of `units`; at worst those have the lowest or the highest possible value. For 0/1
-    scores that all agree this is what Wilson's and Tango's intervals give.
+    scores that all agree this is what Wilson's and Tango's intervals give. It says nothing of the side of 0: the
+    sign-flip test does.
     """
     w = wilson(0, units, level).high
     return (1 - w) * mean + w * least, (1 - w) * mean + w * most

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kvcli.analysis.statistics import spread
+from kvcli.analysis.statistics import signs, spread
 from kvcli.analysis.statistics.proportions import LEVEL, Floats, Interval, Pairs, mcnemar_midp, tango, wilson
 from kvcli.analysis.statistics.spread import MIN_NONZERO, RESAMPLES, SEED, Codes, Skewed, Spread
 
@@ -18,6 +18,8 @@ __all__ = [
 ]  # fmt: skip
 
 ALPHA = 0.05
+BESIDE = 1e-9
+"""How far from 0 an interval ends that excludes it and no more."""
 ESTABLISHED = "the 95 % paired interval excludes 0 and p < 0.05 (where there is no p, the interval alone decides)"
 """What makes a difference established (Difference.verdict); legends, reports and docs/statistics.md quote it."""
 
@@ -41,6 +43,8 @@ class Difference:
     """Samples that compression improved and worsened."""
     basis: Pairs | Spread | Skewed | None = None
     """What intervals of other levels follow from."""
+    by_signs: bool = False
+    """p is that of the sign-flip test, which decides on which side of 0 an interval ends."""
 
     @property
     def verdict(self) -> str:
@@ -58,7 +62,12 @@ class Difference:
         found = self.basis.interval(level)
         if found is None:
             return None
-        return replace(found, low=min(found.low, self.interval.low), high=max(found.high, self.interval.high))
+        wider = replace(found, low=min(found.low, self.interval.low), high=max(found.high, self.interval.high))
+        if not self.by_signs or self.p is None:
+            return wider
+        if self.p < 1 - level:
+            return _cut(wider, self.value)
+        return replace(wider, low=min(wider.low, 0.0), high=max(wider.high, 0.0))
 
 
 def score_interval(values: Floats, clusters: Codes | None = None, level: float = LEVEL) -> Interval | None:
@@ -76,8 +85,8 @@ def paired_difference(compressed: Floats, full: Floats, clusters: Codes | None =
     """Mean of compressed - full on the same samples, its interval and its test.
 
     Clusters: t interval over clusters. 0/1 scores: Tango's interval, mid-p McNemar. Graded scores: BCa bootstrap,
-    or a paired t interval with the reason where differences are too few or nearly all the same. compressed, full: [n];
-    clusters: [n].
+    or a paired t interval with the reason where differences are too few or nearly all the same. Graded and clustered:
+    the exact sign-flip test of up to 24 units that changed, t's beyond. compressed, full: [n]; clusters: [n].
     """
     difference = compressed - full
     better, worse = int((difference > 0).sum()), int((difference < 0).sum())
@@ -88,14 +97,40 @@ def paired_difference(compressed: Floats, full: Floats, clusters: Codes | None =
         return Difference(value, pairs.interval(LEVEL), p, "mid-p McNemar", n, n, better, worse, pairs)
     found = spread.spread(difference, codes, -1.0, 1.0)
     basis: Spread | Skewed = found
-    interval, test = found.interval(LEVEL), "paired t" if codes is None else "t over clusters"
+    interval = found.interval(LEVEL)
     few = better + worse < MIN_NONZERO
     if codes is None and not few and not found.alike:
         interval, basis = spread.bca(difference, LEVEL, seed), spread.skewed(difference)
     elif codes is None and interval:
         why = f"fewer than {MIN_NONZERO} non-zero differences" if few else "nearly all differences are the same"
         interval = replace(interval, note=f"{why}, so no bootstrap")
-    return Difference(value, interval, spread.t_p(found), test, n, found.units, better, worse, basis)
+    p, test, by_signs = _test(found, spread.unit_sums(difference, codes)[0])
+    if by_signs and interval and p is not None and p < ALPHA:
+        interval = _cut(interval, value)
+    return Difference(value, interval, p, test, n, found.units, better, worse, basis, by_signs)
+
+
+def _test(found: Spread, parts: Floats) -> tuple[float | None, str, bool]:
+    """p, its name, and whether it is by signs. parts: the sum of each unit.
+
+    Where nearly all units agree their spread says little of a test too, so signs serve there for any number of units.
+    """
+    over = " over clusters" if found.clustered else ""
+    if found.units < 2:
+        return None, f"sign flips{over}", False
+    p = signs.sign_flip_p(parts)
+    if p is None and found.alike:
+        p = signs.sign_flip_bound(parts)
+    if p is not None:
+        return p, f"sign flips{over}", True
+    return spread.t_p(found), f"t{over}" if over else "paired t", False
+
+
+def _cut(interval: Interval, value: float) -> Interval:
+    """Ended at 0, on the side of the value: the sign-flip test excludes 0, the interval did not."""
+    if value < 0 <= interval.high:
+        return replace(interval, high=-BESIDE)
+    return replace(interval, low=BESIDE) if interval.low <= 0 < value else interval
 
 
 def is_binary(values: Floats) -> bool:

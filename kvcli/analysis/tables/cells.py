@@ -15,10 +15,10 @@ from kvcli.analysis.statistics.stats import Difference
 from kvcli.analysis.tables.table import CellSummary, Column
 
 INCOHERENT = "incoherent"
-"""What scorers of requests call an output that is no text (kvcli.evals.coherence)."""
+"""The record's field, and what scorers of requests call an output that is no text (kvcli.evals.coherence)."""
 MOST_REPEATED = 0.5
-"""Share of an output's 4-grams of tokens that had come before. Worked solutions, code and prose have below 0.42; of
-texts that kvcli.evals.coherence finds in circles, 99 % have more."""
+"""For records without the field: share of an output's 4-grams of tokens that had come before. Worked solutions, code
+and prose have below 0.42; of texts that kvcli.evals.coherence finds in circles, 99 % have more."""
 LOOP_TOKENS = 20
 """A shorter output is not called one in circles: a number may hold its digit many times."""
 
@@ -78,7 +78,7 @@ def summary(
         interval=stats.score_interval(values, clusters) if len(values) else None,
         difference=difference, relative=relative, measured_ratio=_mean(run.measured_ratio[done]), records=records,
         flags=_flag_counts(run, done), no_answer=_share(~run.answered[done]), truncated=_share(run.truncated[done]),
-        incoherent=_incoherent(run, done), repeats=_repeats(run, scores),
+        incoherent=incoherent_share(run, done), repeats=_repeats(run, scores),
         extra=_extra(run, scores, done) | _pass_at_k(run, scores),
         asked=_asked(run, scores), kl=_mean(run.figures["kl"][done]),
         top1=_mean(run.figures["top1"][done]),
@@ -123,15 +123,26 @@ def _repeats(run: Run, scores: CellScores) -> tuple[int, int]:
     return len({cell.seed for cell in cells}), len({cell.draw for cell in cells})
 
 
-def _incoherent(run: Run, done: NDArray[np.int64]) -> float | None:
-    """Share of outputs that are no text: as the scorer says where it looks at that, else those that run in circles.
+def incoherent_share(run: Run, done: NDArray[np.int64]) -> float | None:
+    """Share of outputs that are no text: as the records say; of older ones that do not, those that run in circles.
     None where nothing was generated, as where options are chosen from."""
-    stated = run.extra[INCOHERENT][done] if INCOHERENT in run.extra else np.full(len(done), np.nan)
-    tokens = run.figures["n_new"][done]
+    stated, tokens = _stated(run, done), run.figures["n_new"][done]
     circles = (run.figures["repetition"][done] > MOST_REPEATED) & (tokens >= LOOP_TOKENS)
     written = ~np.isnan(stated) | (tokens > 0)
     found = np.where(np.isnan(stated), circles, stated > 0)
     return _share(found[written]) if written.any() else None
+
+
+def _stated(run: Run, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """1 or 0 where a record says whether its output is text, by its own field or as its scorer's word; else NaN."""
+    own = run.figures[INCOHERENT][rows]
+    return np.where(np.isnan(own), run.extra[INCOHERENT][rows], own) if INCOHERENT in run.extra else own
+
+
+def told_by_circles(run: Run) -> int:
+    """Records whose output was generated and that do not say whether it is text: of older versions."""
+    done = np.flatnonzero(~np.isnan(run.score) & (run.figures["n_new"] > 0))
+    return int(np.isnan(_stated(run, done)).sum())
 
 
 def _flag_counts(run: Run, rows: NDArray[np.int64]) -> dict[str, int]:

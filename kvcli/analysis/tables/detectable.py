@@ -22,7 +22,7 @@ def sentence(table: TaskTable, judged: Judged) -> str:
         return ""
     size, every = judged.family.size, smallest(found, judged.family.level)
     median = every[len(every) // 2]
-    considered = f"{size} comparison{'s' * (size != 1)} considered"
+    considered = f"{size:,} comparison{'s' * (size != 1)} considered"
     if math.isinf(median):
         which = f"at least half of its {len(every)} cells" if math.isfinite(every[0]) else _any(len(every))
         return (

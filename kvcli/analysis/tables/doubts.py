@@ -8,6 +8,7 @@ from kvcli.analysis.tables.table import DENSE, MATCH, CellSummary, TaskTable
 
 NO_ANSWER_LIMIT = 0.2
 """More than this share without an extractable answer, and the score says little about the model."""
+NOTHING = "nothing can be said"
 OFF_MATCH = 0.01
 """Bytes that are further than this share from those to match are listed."""
 
@@ -38,6 +39,34 @@ def sanity(table: TaskTable) -> list[str]:
     if full.errors:
         found.append(f"{full.errors} samples of full failed; the same command runs them again")
     return found
+
+
+def nothing_to_say(table: TaskTable) -> str:
+    """Why no difference to this full says anything about compression; empty where it does. Every output then says
+    NOTHING in place of a verdict."""
+    full, chance = table.full, table.chance or 0.0
+    if full is None or not full.n:
+        return ""
+    if full.interval is not None and full.interval.low <= chance:
+        return f"full is not clearly above chance ({full.score:.2f}, chance {chance:.2f})"
+    return unreadable(table)
+
+
+def unreadable(table: TaskTable) -> str:
+    """That too many of full's outputs hold no answer; empty where they can be read."""
+    full = table.full
+    if full is None or not full.n or full.no_answer <= NO_ANSWER_LIMIT:
+        return ""
+    return f"{100 * full.no_answer:.0f} % of full's outputs hold no answer"
+
+
+def not_counted(table: TaskTable) -> str:
+    """Why a table is in no finding, in no mean over tasks and in no ranking, in few words; empty where it is. Whether
+    full is clearly above chance is asked there, at their own levels."""
+    if unlike_reference(table):
+        judged = table.full is not None and table.full.interval is not None
+        return "full is not where it was published" if judged else "one cluster, so full cannot be judged"
+    return unreadable(table)
 
 
 def unlike_reference(table: TaskTable) -> str:

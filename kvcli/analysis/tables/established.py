@@ -12,7 +12,8 @@ from typing import Any
 
 from kvcli.analysis.statistics.family import Family, holm, planned
 from kvcli.analysis.statistics.stats import ALPHA, Difference
-from kvcli.analysis.tables.table import CellSummary, TaskTable
+from kvcli.analysis.tables.doubts import nothing_to_say
+from kvcli.analysis.tables.table import CellSummary, TaskTable, dense_twin
 
 
 def compared(tables: Sequence[TaskTable]) -> dict[tuple[str, ...], Difference]:
@@ -25,6 +26,16 @@ def compared(tables: Sequence[TaskTable]) -> dict[tuple[str, ...], Difference]:
     return found
 
 
+def silent(tables: Sequence[TaskTable]) -> frozenset[tuple[str, ...]]:
+    """Comparisons with a full that says nothing; of `full` with other weights: where dense full does."""
+    found = {cell.cell_ids for table in tables if nothing_to_say(table) for cell in table.cells()}
+    for table in tables:
+        dense = dense_twin(table, tables)
+        if dense is not None and table.full is not None and nothing_to_say(dense):
+            found.add(table.full.cell_ids)
+    return frozenset(found)
+
+
 def in_family(meta: Mapping[str, Any], tables: Sequence[TaskTable]) -> list[TaskTable]:
     """The tables with `in_family` of every cell. meta: run.json, whose plan is the family, also of some tables."""
     found = compared(tables)
@@ -33,6 +44,7 @@ def in_family(meta: Mapping[str, Any], tables: Sequence[TaskTable]) -> list[Task
     kinds = {
         ids: kind(difference, whole, p) for (ids, difference), p in zip(found.items(), adjusted, strict=True)
     }  # fmt: skip
+    kinds |= dict.fromkeys(silent(tables), "none")
     return [_marked(table, kinds) for table in tables]
 
 

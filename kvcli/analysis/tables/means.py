@@ -10,7 +10,7 @@ import numpy as np
 from kvcli.analysis.statistics import averages
 from kvcli.analysis.statistics.averages import Average, Scores
 from kvcli.analysis.statistics.stats import Difference
-from kvcli.analysis.tables.doubts import unlike_reference
+from kvcli.analysis.tables.doubts import not_counted
 from kvcli.analysis.tables.scores import SampleScores
 from kvcli.analysis.tables.table import Column, TaskTable
 
@@ -42,8 +42,10 @@ class TasksMean:
     retention: Average | None
     """Chance-adjusted: what cross-task claims use."""
     left_out: tuple[tuple[str, str], ...] = ()
-    """Tasks that have the method and size but are not averaged, and why: it kept more than was asked for there, or full
-    is not where it was published. Those whose retention is not defined: retention.left_out."""
+    """Tasks that have the method and size but are not averaged, and why: it kept more than was asked for there, or the
+    table does not count (doubts.not_counted). Those whose retention is not defined: retention.left_out."""
+    fallback: tuple[str, ...] = ()
+    """Tasks averaged in which no output is of the method named: it fell back in all."""
 
 
 def over_methods(
@@ -70,13 +72,19 @@ def over_methods(
 def over_tasks(scores: SampleScores, tables: Sequence[TaskTable]) -> list[TasksMean]:
     """For every method and size that at least two tasks have. A task with several numbers of shots counts with most.
 
-    Cells over budget and tables whose full is not where it was published are left out by name.
+    Cells over budget and tables that do not count (doubts.not_counted) are left out by name.
     """
     groups: dict[_Key, dict[str, Scores | str]] = {}
+    fallback: dict[_Key, set[str]] = {}
     for table in sorted(tables, key=lambda t: t.shots or 0):
         mode = (table.first_token, table.query, table.weights, table.shot_seed, table.shot_order)
         for (label, column), part in (_left_out(table) | _drawn(scores, table)).items():
             groups.setdefault((*mode, label, column), {})[table.task] = part
+        for row in table.rows:
+            for column in table.columns:
+                cell = row.cells.get(column.text)
+                if cell is not None and cell.all_fallback:
+                    fallback.setdefault((*mode, row.label, column), set()).add(table.task)
     found = []
     for key, parts in groups.items():
         there = {task: part for task, part in parts.items() if not isinstance(part, str)}
@@ -84,21 +92,19 @@ def over_tasks(scores: SampleScores, tables: Sequence[TaskTable]) -> list[TasksM
             every = list(there.values())
             mean, kept = averages.difference_over_tasks(every), averages.retention_over_tasks(every)
             why = tuple((task, part) for task, part in parts.items() if isinstance(part, str))
-            found.append(TasksMean(*key, tuple(there), mean, kept, why))
+            fell = tuple(task for task in there if task in fallback.get(key, ()))
+            found.append(TasksMean(*key, tuple(there), mean, kept, why, fell))
     return found
 
 
 def _left_out(table: TaskTable) -> dict[tuple[str, Column], str]:
     """Compared cells of one table that are not averaged, and why."""
-    unlike = ""
-    if unlike_reference(table):
-        judged = table.full is not None and table.full.interval is not None
-        unlike = "full is not where it was published" if judged else "one cluster, so full cannot be judged"
+    why = not_counted(table)
     every = ((row.label, column, row.cells.get(column.text)) for row in table.rows for column in table.columns)
     return {
-        (label, column): unlike or "over budget"
+        (label, column): why or "over budget"
         for label, column, cell in every
-        if cell is not None and cell.difference is not None and (unlike or cell.over_budget)
+        if cell is not None and cell.difference is not None and (why or cell.over_budget)
     }
 
 
@@ -108,7 +114,7 @@ _Key = tuple[str, str, str, int, int, str, Column]
 
 def _drawn(scores: SampleScores, table: TaskTable) -> dict[tuple[str, Column], Scores]:
     """The cells of one table to average by row and column; those with the same samples are resampled at once."""
-    if table.full is None or unlike_reference(table):
+    if table.full is None or not_counted(table):
         return {}
     full, chance = scores.of(table.full.cell_ids)[0], table.chance or 0.0
     alike: dict[bytes, dict[tuple[str, Column], Scores]] = {}

@@ -6,7 +6,8 @@ a table of its own. build.py makes them from a run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from kvcli.analysis.statistics.stats import Difference, Interval
 
@@ -72,13 +73,18 @@ class CellSummary:
     """Mean share of predictions that name the token that full's name."""
     in_family: str = "none"
     """'loss' or 'gain' where established with all comparisons of the sweep considered (judged.py), 'open' where not,
-    'none' where there is nothing to compare with. The margin plays no part in it."""
+    'none' where there is nothing to compare with or full says nothing (doubts.py). The margin plays no part in it."""
 
     @property
     def over_budget(self) -> bool:
         """It kept more than was asked for, in some samples at least: a loss is still a loss, but the cell is not to be
         ranked against cells within budget."""
         return self.flags.get("over_budget", 0) > 0
+
+    @property
+    def all_fallback(self) -> bool:
+        """No output is of the method its name says."""
+        return 0 < self.records == self.flags.get("fallback", 0)
 
     @property
     def noop(self) -> int:
@@ -140,3 +146,45 @@ class TaskTable:
     def cells(self) -> list[CellSummary]:
         """All cells but full's, row by row in the order of the columns."""
         return [row.cells[c.text] for row in self.rows for c in self.columns if c.text in row.cells]
+
+    def prompts(self) -> tuple[object, ...]:
+        """All but how the first token is computed; the weights last."""
+        return (self.task, self.query, self.shots, self.shot_seed, self.shot_order, self.weights)
+
+
+NO_MODE = "n/a"
+"""First-token mode of methods that know no two: they drop tokens while they read the prompt."""
+
+
+def joined(tables: Sequence[TaskTable]) -> list[TaskTable]:
+    """Rows of methods without first-token modes stand with the others of the same prompts, compressed first."""
+    kept = [t for t in tables if t.first_token != NO_MODE]
+    extra: dict[tuple[object, ...], list[TaskTable]] = {}
+    alone = []
+    for table in tables:
+        if table.first_token == NO_MODE and twin(table, kept) is not None:
+            extra.setdefault(table.prompts(), []).append(table)
+        elif table.first_token == NO_MODE:
+            alone.append(table)
+    home = {id(twin(t, kept)) for more in extra.values() for t in more}
+    found = [_with_rows(t, extra[t.prompts()]) if id(t) in home else t for t in kept]
+    return [*found, *alone]
+
+
+def _with_rows(table: TaskTable, more: Sequence[TaskTable]) -> TaskTable:
+    columns = dict.fromkeys([*table.columns, *(c for t in more for c in t.columns)])
+    rows = (*table.rows, *(row for t in more for row in t.rows))
+    return replace(table, columns=tuple(sorted(columns, key=lambda c: c.order)), rows=rows)
+
+
+def twin(table: TaskTable, tables: Sequence[TaskTable]) -> TaskTable | None:
+    """The same prompts with the first token through the compressed cache."""
+    return next((t for t in tables if t.first_token == "compressed" and t.prompts() == table.prompts()), None)
+
+
+def dense_twin(table: TaskTable, tables: Sequence[TaskTable]) -> TaskTable | None:
+    """The same prompts with dense weights, the same first-token mode first; None for a table of dense weights."""
+    if table.weights == DENSE:
+        return None
+    same = [t for t in tables if t.prompts() == (*table.prompts()[:-1], DENSE)]
+    return min(same, key=lambda t: t.first_token != table.first_token, default=None)

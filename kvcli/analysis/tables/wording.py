@@ -26,9 +26,22 @@ SHARES = {"?": "no_answer", "~": "incoherent", ">": "truncated"}
 SHARE_WORDS = {"?": "without an answer", "~": "incoherent", ">": "cut at the token limit"}
 SHARE_MEANING = {
     "?": "so many per cent of the outputs hold no answer (to requests: are incoherent or empty)",
-    "~": "so many per cent of the outputs are no text: they run in circles (to requests: are incoherent or empty)",
+    "~": "so many per cent of the outputs are no text: empty, in circles, signs or words at random",
     ">": "so many per cent of the outputs were cut at the token limit",
 }
+
+
+BOUND = "b"
+BOUND_MEANING = (
+    "b: nearly all samples (or clusters) differ from full by the same amount, so the interval is a worst-case bound and "
+    "wider than its neighbours'; where it ends at 0, the sign-flip test excludes 0"
+)
+
+
+def bounded(cell: CellSummary) -> bool:
+    """Whether the interval of its difference is the share bound (docs/statistics.md)."""
+    found = cell.difference
+    return found is not None and found.interval is not None and found.interval.bound
 
 
 def score(value: float) -> str:
@@ -131,6 +144,11 @@ def _whole(share: float) -> int:
     return round(100 * share) or int(share > 0)
 
 
+def percent(value: float) -> str:
+    """'100 %', '30.1 %'."""
+    return f"{100 * value:.1f}".removesuffix(".0") + " %"
+
+
 def outputs(cell: CellSummary) -> str:
     """'no answer 2 %, incoherent 0 %, cut 12 %': all shares, for text around a score."""
     named = {"no answer": cell.no_answer, "incoherent": cell.incoherent, "cut": cell.truncated}
@@ -173,12 +191,13 @@ def flag_counts(cell: CellSummary) -> str:
     return ", ".join(f"{name} {count}/{cell.records}" for name, count in cell.flags.items())
 
 
-def mode(table: TaskTable) -> str:
-    """'first token compressed, 8 shots'; query mode and weights only where they are not the usual ones."""
+def mode(table: TaskTable, *, with_shots: bool = True) -> str:
+    """'first token compressed, 8 shots'; query mode and weights only where they are not the usual ones. with_shots:
+    False where they are said beside it."""
     parts = [f"first token {table.first_token}"]
     if table.query != "aware":
         parts.append(f"query {table.query}")
-    if table.shots is not None:
+    if with_shots and table.shots is not None:
         parts.append(shots(table.shots))
     if table.weights != DENSE:
         parts.append(f"weights {table.weights}")
