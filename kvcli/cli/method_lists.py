@@ -7,14 +7,15 @@ from typing import Any
 
 from kvcli.cli import output
 from kvcli.errors import unknown
-from kvcli.kvpress.presses import PREFIX
+from kvcli.grammar import Part
+from kvcli.methods.base import Merge
 
 Row = dict[str, Any]
 KINDS = {
     "evict": "evicts KV pairs",
     "in-prefill": "drops tokens inside the prefill",
     "transform": "stores KV pairs in another form",
-    "merge": "folds what an evictor drops into what stays",
+    Merge.kind: "folds what an evictor drops into what stays",
     "read": "reads part of the cache, frees nothing",
 }
 PHASES = {"prefill": "the prompt's cache", "decode": "generated tokens"}
@@ -36,8 +37,9 @@ def row(name: str) -> Row:
     """A method's card with its definition. Raises KvcliError for a name that no method has."""
     from kvcli.methods import catalog
 
-    source = name if ".py:" in name or name.startswith(PREFIX) else name.replace("-", "_")
-    if source == name.replace("-", "_") and source not in catalog.names():
+    file = ".py:" in name
+    source = name if file else name.replace("-", "_")
+    if not file and source not in catalog.names():
         raise unknown("method", name, catalog.names(), given=f"kvcli list methods {name}", listing="kvcli list methods")
     cls = catalog.find(source)
     needs = sorted(catalog.build(source).needs())
@@ -67,19 +69,21 @@ def print_one(card: Row) -> None:
         output.note(f"{card['name']} has no settings")
     known = next((s for s in card["settings"] if _text(s["default"])), None)
     if known:
-        output.note(f"set them as in --method {_typed(card)}:{known['name']}={_text(known['default'])}")
+        text = str(Part(_typed(card), ((known["name"], _text(known["default"])),)))
+        quoted = f'"{text}"' if "'" in text else text
+        output.note(f"set them as in --method {quoted}")
     output.next_command(f"kvcli sweep --model testbed --method {_used(card)} --dry-run")
 
 
 def _used(card: Row) -> str:
     """The method as it is typed, with a size where it takes one."""
-    sized = card["kind"] == "merge" or card["domain"]["kind"] == "continuous"
+    sized = card["kind"] == Merge.kind or card["domain"]["kind"] == "continuous"
     return f"{_typed(card)} --ratio 0.3" if sized else _typed(card)
 
 
 def _typed(card: Row) -> str:
     """The method, behind an evictor where it needs one."""
-    return f"snapkv+{card['name']}" if card["kind"] == "merge" else str(card["name"])
+    return f"snapkv+{card['name']}" if card["kind"] == Merge.kind else str(card["name"])
 
 
 def _facts(card: Row) -> list[tuple[str, str]]:
@@ -89,12 +93,12 @@ def _facts(card: Row) -> list[tuple[str, str]]:
         ("tier", str(card["tier"])),
         ("what it does", KINDS.get(card["kind"], card["kind"])),
         ("acts on", phases),
-        ("while generating", "what leaves is folded in" if card["kind"] == "merge" else DECODING[card["decoding"]]),
+        ("while generating", "what leaves is folded in" if card["kind"] == Merge.kind else DECODING[card["decoding"]]),
         ("the budget binds", scope(card, SCOPES)),
         ("ratios it can reach", _ratios(card["domain"])),
         ("reads", SHARING[card["sharing"]]),
         ("always keeps", card["protects"]),
-        ("random", "yes: --seed makes other cells" if card["seeded"] else "no"),
+        ("random choice", "yes: --seed makes other cells" if card["seeded"] else "no"),
     ]
     return [*facts, *((f"open: {point['open']}", point["decided"]) for point in card["open_points"])]
 

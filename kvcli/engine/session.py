@@ -273,7 +273,10 @@ def execute(
         )  # fmt: skip
         if runner.anything_missing():
             runner.full_outputs = _full_outputs(read_records(session.folder), session.plan)
-            runner.enter = Models(prepared, say, partial(_pruned, store), runner.stopping).enter
+            runner.enter = Models(
+                prepared, say, partial(_pruned, store), runner.stopping,
+                watch=lambda text: progress(runner.seen, runner.total, text),
+            ).enter  # fmt: skip
             runner.model = runner.enter(DENSE)  # what cannot be loaded or run is refused before anything is written
         with store.edit_run() as run:
             run.update(session.run)

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import re
 from collections.abc import Iterable
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -265,6 +266,10 @@ def _build(part: Part) -> Method:
             raise KvcliError(f"{part.source} has no base", given=f"--method {part}", fix=fix)
         return cls(**values)
     base = _base_of(cls, part)
+    if ".py:" not in base and not base.startswith(PREFIX) and base not in names():
+        close = get_close_matches(base, _bases(), n=1, cutoff=0.5)
+        fix = f"base={' | '.join([*close, *(name for name in _bases() if name not in close)])}"
+        raise KvcliError(f"unknown base '{base}'", given=f"--method {part}", fix=fix)
     strange = [k for k, _ in dotted if not k.startswith("base.")]
     if strange:
         fix = f"base.{strange[0].partition('.')[2]}=..."

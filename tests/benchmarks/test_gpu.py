@@ -40,6 +40,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
     assert sorted((ROOT / "docs").rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_every_section_runs_at_tiny_sizes_with_little_installed(tmp_path: Path) -> None:
     for name in FOREIGN:
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not here')\n")

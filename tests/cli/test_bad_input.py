@@ -18,6 +18,10 @@ CASES: dict[str, tuple[dict[str, str | None], tuple[str, ...]]] = {
     # what differs from GOOD (None: left out) -> words of the message
     "method": ({"--method": "snapvk"}, ("unknown method 'snapvk'", "try:   snapkv", "kvcli list methods")),
     "method, nothing near": ({"--method": "qqqqqq"}, ("unknown method 'qqqqqq'", "kvcli list methods")),
+    "base": (
+        {"--method": "adakv:base=nope"},
+        ("unknown base 'nope'", "given: --method adakv:base=nope", "base=expected_attention | h2o"),
+    ),
     "method empty": ({"--method": "snapkv,,h2o"}, ("empty method",)),
     "method missing": ({"--method": ""}, ("empty method",)),
     "setting": ({"--method": "snapkv:windw=3"}, ("windw", "window")),
@@ -82,8 +86,8 @@ CASES: dict[str, tuple[dict[str, str | None], tuple[str, ...]]] = {
     "ratio end": ({"--ratio": "0.1..0.95:0.1"}, ("does not end on 0.95", "0.1..0.9:0.1")),
     "ratio and budget": ({"--budget": "40"}, ("--ratio", "--budget", "exclude")),
     "budget 0": ({"--ratio": None, "--budget": "0"}, ("--budget", "at least 1")),
-    "budget in parts": ({"--ratio": None, "--budget": "64.5,128"}, ("try:   --budget 64,128\n",)),
-    "budget below one": ({"--ratio": None, "--budget": "0.5"}, ("given: --budget 0.5", "try:   --budget 64,128\n")),
+    "budget in parts": ({"--ratio": None, "--budget": "64.5,128"}, ("try:   --budget 64,128",)),
+    "budget below one": ({"--ratio": None, "--budget": "0.5"}, ("given: --budget 0.5", "try:   --budget 64,128")),
     "budget x": ({"--ratio": None, "--budget": "x"}, ("--budget x",)),
     "limit -3": ({"--limit": "-3"}, ("--limit must be at least 1", "given: --limit -3")),
     "limit 0": ({"--limit": "0"}, ("--limit must be at least 1", "given: --limit 0")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -38,16 +37,6 @@ def mean(found: dict[str, dict]) -> float:
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3])
-def test_both_stands_for_all_modes_of_an_axis():
-    from kvcli.config import SweepConfig
-    from kvcli.engine.checking import check
-
-    base = SweepConfig(methods=("snapkv",), ratios=("0.3",), tasks=("tb_recall",))
-    short = check(dataclasses.replace(base, first_token=("both",), query=("both", "aware")))
-    long = check(dataclasses.replace(base, first_token=("compressed", "prefill"), query=("aware", "agnostic")))
-    assert short == long
-
-
 def test_the_prefills_token_hides_the_loss(both, ratio: float):
     folder, _ = both
     assert mean(rows(folder, "prefill", ratio)) >= 0.9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
@@ -69,9 +70,9 @@ def test_every_method_can_be_shown_and_its_next_command_is_one(kvcli):
 
     for name in catalog.own_names():
         done = kvcli("list", "methods", name)
-        typed = done.err.partition("--method ")[2].split()[0]
         assert done.code == 0 and str(catalog.find(name).title or name) in done.out
-        assert catalog.expand([typed]), "what is said can be typed"
+        for said in done.err.split("--method ")[1:]:
+            assert catalog.expand([shlex.split(said)[0]]), "what is said can be typed"
     assert " - " in kvcli("list", "methods", "kivi").out.partition("the budget binds")[2].splitlines()[0]
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+
+from kvcli.config import SweepConfig
+from kvcli.engine.checking import check
 
 SWEEP = (
     "sweep",
@@ -104,3 +108,10 @@ def test_prompts_longer_than_asked_for_are_left_out_and_counted(kvcli, tmp_path:
     for name in facts:
         assert (f"{name}: {left[name]} of 3 prompts left out" in done.err) == bool(left[name])
     assert kvcli("report", folder).code == 0
+
+
+def test_both_stands_for_all_modes_of_an_axis():
+    base = SweepConfig(methods=("snapkv",), ratios=("0.3",), tasks=("tb_recall",))
+    short = check(dataclasses.replace(base, first_token=("both",), query=("both", "aware")))
+    long = check(dataclasses.replace(base, first_token=("compressed", "prefill"), query=("aware", "agnostic")))
+    assert short == long

@@ -58,6 +58,7 @@ def axis(done: Done, name: str) -> set:
 # --- what is printed --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_first_command_of_the_readme(kvcli, kvcli_process, tmp_path, monkeypatch):
     """As a process of its own, without --out; typed again it finds everything done."""
     monkeypatch.chdir(tmp_path)

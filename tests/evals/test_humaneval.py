@@ -104,6 +104,7 @@ def test_shots_are_nested_and_seeded_and_can_be_reordered(shared: str) -> None:
         samples(shared, shots=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.sandbox
 def test_all_canonical_solutions_pass(shared: str, safe: None) -> None:

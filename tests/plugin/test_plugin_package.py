@@ -49,6 +49,7 @@ def test_an_installed_method_is_listed_with_its_settings(env: dict[str, str], tm
     assert card["title"] == "Every other" and [s["name"] for s in card["settings"]] == ["recent"]
 
 
+@pytest.mark.slow
 def test_an_installed_method_is_swept_by_its_name(env: dict[str, str], tmp_path: Path) -> None:
     args = ("--method", "every_other:recent=20,random", "--ratio", "0.2,1", "--task", "tb_recall", "--limit", "4")
     done = kvcli("sweep", *args, "--out", "run", cwd=tmp_path, env=env)

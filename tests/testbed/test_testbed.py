@@ -145,6 +145,7 @@ def test_shipped_recipes_are_those_of_the_code(name: str) -> None:
     assert sum(file.stat().st_size for file in TESTBED_FOLDERS[name].iterdir()) < limit
 
 
+@pytest.mark.slow
 def test_the_deep_model_answers_its_long_prompts() -> None:
     from kvcli.engine.testbed_accuracy import measure
 

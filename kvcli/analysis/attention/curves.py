@@ -85,11 +85,11 @@ def draw_curves(atlas: Atlas, queries: str, look: Style) -> Figure:
     )  # fmt: skip
     found = looks(labels)
     lines = [{**look.line(found[label]), "marker": ""} for label in labels]
-    dotted: dict[str, Any] = {"color": look.theme.muted, "linestyle": ":", "linewidth": 1.2}
+    reference: dict[str, Any] = {"color": look.theme.muted, "linestyle": "-", "linewidth": 0.9}
     for number, panel in enumerate(panels):
         ax = sheet.axes(0, number)
         ax.grid(True, color=look.theme.grid, linewidth=0.5)
-        ax.plot(panel.x, panel.even, **dotted)
+        ax.plot(panel.x, panel.even, **reference)
         for line, drawn in zip(panel.lines, lines, strict=True):
             ax.plot(panel.x, line.y, **drawn)
             if line.low and line.high:
@@ -103,5 +103,5 @@ def draw_curves(atlas: Atlas, queries: str, look: Style) -> Figure:
             ax.set_yticklabels([])
         else:
             ax.set_ylabel("attention (%)")
-    sheet.legend([Line2D([], [], **drawn) for drawn in [*lines, dotted]], named, 0.05)
+    sheet.legend([Line2D([], [], **drawn) for drawn in [*lines, reference]], named, 0.05)
     return sheet.figure
