@@ -7,12 +7,12 @@ from pathlib import Path
 from pyarrow import parquet
 
 from kvcli.analysis.exports.shared import export
-from kvcli.analysis.marked import Grid, plain
+from kvcli.analysis.marked import Grid, code, plain, raised
 from kvcli.analysis.reports.averages import means_section
 from kvcli.analysis.reports.contents import Contents, contents
 from kvcli.analysis.reports.latex import latex
 from kvcli.analysis.reports.opening import head
-from kvcli.analysis.reports.overview import overviews
+from kvcli.analysis.reports.overview import overview_section, overviews
 from kvcli.analysis.reports.page import page_data
 from kvcli.analysis.reports.report import document
 from kvcli.analysis.statistics import power
@@ -103,12 +103,37 @@ def test_a_report_of_older_records_says_how_it_knows_what_is_incoherent(tmp_path
     assert not any("output is text" in text for text in newer)
 
 
-def test_methods_that_drop_tokens_while_reading_have_a_table_over_tasks_of_their_own(tmp_path: Path) -> None:
+def test_methods_that_know_no_first_token_modes_stand_with_the_others_and_full_once(tmp_path: Path) -> None:
     lines = []
     for task in ("a", "b"):
         lines += cell(task, "full", "1", right(60, 60)) + cell(task, "m", "0.5", right(45, 60))
         lines += cell(task, "p", "0.5", right(45, 60), first_token="n/a")
     found = overviews(contents(data_of(tmp_path, lines).run).tables)
-    assert [(one.mode, [name for name, _ in one.rows]) for one in found] == [
-        ("first token compressed", ["m"]), ("first token n/a", ["p"]),
-    ]  # fmt: skip
+    assert [(one.mode, [name for name, _ in one.rows]) for one in found] == [("", ["m", "p"])]
+
+
+def test_a_mean_over_tasks_marks_what_fell_back_throughout(tmp_path: Path) -> None:
+    lines = []
+    for task in ("a", "b"):
+        lines += cell(task, "full", "1", right(60, 60)) + cell(task, "m", "0.5", right(45, 60))
+        lines += cell(task, "p", "0.5", right(45, 60), flags=["fallback"] * (task == "b"))
+    made = contents(data_of(tmp_path, lines).run)
+    assert {mean.method: mean.fallback for mean in made.means} == {"m": (), "p": ("b",)}
+    part = means_section(made.means)
+    assert part is not None
+    (grid,) = (block for block in part.blocks if isinstance(block, Grid))
+    assert [row[-1].endswith(raised("f")) for row in grid.rows] == [False, True]
+
+
+def test_worst_case_intervals_are_marked(tmp_path: Path) -> None:
+    graded = [0.5] * 3 + [1.0] * 57
+    lines = []
+    for task in ("a", "b"):
+        lines += cell(task, "full", "1", right(60, 60)) + cell(task, "m", "0.5", graded)
+        lines += cell(task, "p", "0.5", [0.5 + 0.01 * (i % 7) for i in range(60)])
+    made = contents(data_of(tmp_path, lines).run)
+    part = overview_section(made.tables, made.judged)
+    assert part is not None
+    (grid,) = (block for block in part.blocks if isinstance(block, Grid))
+    marked = {row[0]: raised("b") in row[1] for row in grid.rows}
+    assert marked == {code("full"): False, code("m"): True, code("p"): False}

@@ -29,11 +29,23 @@ def test_behind_beside_and_other_bytes(tmp_path: Path) -> None:
     lines = FULL + cell("t", "best", "0.2", right(190, 200)) + cell("t", "near", "0.2", right(189, 200))
     lines += cell("t", "bad", "0.2", right(60, 200)) + cell("t", "wide", "0.2", right(200, 200), measured_ratio=0.3)
     found, _ = rows(tmp_path, lines)
-    task, asked, highest, behind, beside = found[0]
+    task, asked, highest, behind, seen, beside = found[0]
     assert (task, asked) == ("t", "0.2")
     assert highest.startswith("best 0.95 (no answer 0 %")
     assert behind.startswith("bad 65.0 [") and behind.endswith("] (adjusted p < 0.001)")
+    assert seen == "none"
     assert beside == "near (not compared: wide, other bytes)"
+
+
+def test_what_was_seen_behind_is_never_among_those_that_may_be_as_good(tmp_path: Path) -> None:
+    lines = cell("t", "full", "1", right(20, 20)) + cell("t", "best", "0.2", right(20, 20))
+    for name, count in (("bad", 0), ("worse", 8), ("near", 20), ("some", 15)):
+        lines += cell("t", name, "0.2", right(count, 20))
+    (row,), texts = rows(tmp_path, lines)
+    assert row[3].startswith("bad 100.0 [")
+    assert row[4] == "some 25.0" or row[4] == "worse 60.0; some 25.0"
+    assert row[5] == "near"
+    assert "those seen behind it are not told apart from it by so few samples" in texts
 
 
 def test_shares_and_flags_stand_beside_the_highest_score(tmp_path: Path) -> None:
@@ -60,7 +72,7 @@ def test_what_fell_back_or_did_nothing_in_most_samples_is_not_compared(
         assert row[2].startswith("c 0.95 (") and row[2].endswith(f"{said})")
     else:
         assert row[2].startswith("b 0.40")
-        assert row[4].endswith(f"(not compared: c, {said})")
+        assert row[5].endswith(f"(not compared: c, {said})")
 
 
 @pytest.mark.parametrize(("facts", "extracted"), [({"chance": 0.95}, "x"), ({}, None)])

@@ -125,7 +125,7 @@ def test_every_row_has_n_interval_and_relative_change(tmp_path: Path) -> None:
         assert re.match(r"\d+", fields[3])
         assert re.match(r"[\d.]+ \[[\d.]+, [\d.]+\]$", fields[4])
         if fields[0] != "`full`":
-            assert re.match(r"(\*\*)?[+-][\d.]+(\*\*)? \[[+-][\d.]+, [+-][\d.]+\]$", fields[8])
+            assert re.match(r"(\*\*)?[+-][\d.]+(\*\*)? \[[+-][\d.]+, [+-][\d.]+\](<sup>b</sup>)?$", fields[8])
             assert fields[9].endswith("%")
             assert re.match(r"-?\d+ % \[-?\d+, \d+\]$", fields[10])
             assert fields[13] in [str(kind) for kind in Kind]

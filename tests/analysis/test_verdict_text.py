@@ -93,7 +93,7 @@ def test_the_adjusted_p_stands_beside_every_amount(tmp_path: Path) -> None:
     alone, _ = said(tmp_path / "one", lines)
     assert "] (p < 0.001) at 0.2 with a." in alone[0]
     items, _ = said(tmp_path / "two", lines + cell("t", "b", "0.2", right(93, 100)))
-    assert "] (adjusted p < 0.001) at 0.2 with a." in items[0]
+    assert "] (simultaneous, adjusted p < 0.001) at 0.2 with a." in items[0]
     assert "b 7.0 points [" in items[1]
     assert items[1].endswith(f"] (adjusted p = {stats.mcnemar_midp(0, 7):.3f}) at 0.2."), "the last step of Holm"
     items, _ = said(tmp_path / "alike", lines + cell("t", "b", "0.2", right(60, 100)))
@@ -204,8 +204,29 @@ def test_what_cannot_be_judged_has_a_point_of_its_own(tmp_path: Path) -> None:
     items, _ = said(tmp_path, lines)
     assert "not established (n too small: need about" in items[0]
     assert "cannot be judged (only one sample): a at 0.2." in items
-    (open_,) = (item for item in items[1:] if item.startswith("not established"))
+    (open_,) = (item for item in items[1:] if item.startswith("no difference seen, not established"))
     assert open_.endswith(": b at 0.2.")
+
+
+def test_losses_seen_stand_apart_from_what_showed_none(tmp_path: Path) -> None:
+    lines = cell("t", "full", "1", right(20, 20)) + cell("t", "a", "0.2", right(20, 20))
+    lines += cell("t", "b", "0.2", right(16, 20)) + cell("t", "b", "0.5", right(18, 20))
+    items, _ = said(tmp_path, lines)
+    (seen,) = (item for item in items if item.startswith("loss seen, not established (n too small"))
+    assert seen.endswith(": b -20.0 at 0.2, -10.0 at 0.5.")
+    (none,) = (item for item in items if item.startswith("no difference seen, not established"))
+    assert "points is not excluded, simultaneous): a at 0.2." in none
+
+
+def test_cells_that_fell_back_throughout_do_not_lead(tmp_path: Path) -> None:
+    lines = cell("t", "full", "1", right(100, 100)) + cell("t", "a", "0.2", right(60, 100))
+    lines += cell("t", "b", "0.2", right(20, 100), flags=["fallback"])
+    items, _ = said(tmp_path / "both", lines)
+    assert "loses 40.0 points" in items[0] and " with a" in items[0]
+    assert items[0].endswith("; as much or more only where methods fell back: b 80.0 points at 0.2 (fallback).")
+    lines = cell("t", "full", "1", right(100, 100)) + cell("t", "b", "0.2", right(20, 100), flags=["fallback"])
+    items, _ = said(tmp_path / "alone", lines)
+    assert "a loss is established only where methods fell back: b 80.0 points at 0.2 (fallback)." in items[0]
 
 
 PRUNED = "sparsegpt:2:4"

@@ -9,7 +9,6 @@ from kvcli.analysis.tables import wording
 from kvcli.analysis.tables.means import TasksMean
 from kvcli.analysis.tables.table import DENSE
 
-
 FALLBACK = wording.MARKS["fallback"]
 
 

@@ -134,7 +134,8 @@ def _points(cell: CellSummary) -> str:
 def _ends(cell: CellSummary | None) -> str:
     if cell is None or cell.difference is None:
         return ""
-    return small(f"${wording.points_interval(cell.difference.interval)}$")
+    raised = rf"\textsuperscript{{{wording.BOUND}}}" * wording.bounded(cell)
+    return small(f"${wording.points_interval(cell.difference.interval)}${raised}")
 
 
 def _caption(table: TaskTable, made: Contents) -> str:
@@ -162,6 +163,7 @@ def _marks(table: TaskTable) -> str:
     ]
     found = {mark for cell in cells for mark in wording.shares(cell, table.full)}
     shares = [f"{mark}: per cent of outputs {wording.SHARE_WORDS[mark]}" for mark in wording.SHARES if mark in found]
+    flags += [wording.BOUND_MEANING] * any(map(wording.bounded, cells))
     said = "".join(f" {'; '.join(part)}." for part in (flags, shares) if part)
     return said + (
         f" Where no such share stands it is within {100 * wording.ALIKE:.0f} points of full's." if shares else ""

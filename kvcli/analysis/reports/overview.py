@@ -111,7 +111,7 @@ def explained(found: Sequence[Overview], judged: Judged) -> str:
         "Score, points to full [95 % interval of the cell alone, unadjusted]; bold: a loss or gain established "
         f"{established}; = unchanged within {within}, + no loss beyond {within}, all others not established."
     )
-    text += " " + wording.BOUND_MEANING + "." if any(map(wording.bounded, cells)) else ""
+    flags += [wording.BOUND_MEANING] * any(map(wording.bounded, cells))
     text += f" Raised: {'; '.join(flags)}." if flags else ""
     near = f"beside methods only where further than {100 * wording.ALIKE:.0f} points from full's"
     return text + (f" {'; '.join(shares)}: {near}." if shares else "")

@@ -107,6 +107,7 @@ def _row(
     flags = (
         [wording.flag_counts(cell)]
         + [f"{cell.errors} failed"] * (cell.errors > 0)
+        + ["interval is a worst-case bound"] * bool(change and change.interval and change.interval.bound)
         + ["sanity warning"] * bool(table.warnings)
         + ["points to full of the dense model"] * bool(own and change)
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvcli.analysis.marked import Bullets, Grid, Paragraph, Section, code, section, user
+from kvcli.analysis.marked import Bullets, Grid, Paragraph, Section, code, raised, section, user
 from kvcli.analysis.reading.load import Run
 from kvcli.analysis.reports import phrases
 from kvcli.analysis.reports.naming import named
@@ -87,6 +87,8 @@ def ranking_section(ranking: Ranking, tables: Sequence[TaskTable]) -> Section | 
         "samples, are not compared. The highest score is no winner: methods of the last column may be as good; those "
         "seen behind it are not told apart from it by so few samples."
     )
+    if any(pair.verdict.interval and pair.verdict.interval.bound for pair in ranking.pairs):
+        explained += f" Raised {wording.BOUND_MEANING}."
     head = (
         "task",
         "asked",
@@ -140,12 +142,17 @@ def _row(table: TaskTable, column: str, pairs: Sequence[Pair], tables: Sequence[
     together = ", ".join(_named(o) for o, p in others if p.verdict.value <= p.verdict.margin)
     why = "; ".join(f"{code(c.label)}, {phrases.not_comparable(c) or 'other bytes'}" for c in apart)
     left = f" (not compared: {why})" if apart else ""
-    return [named(table, tables), column, _score(best), said or NOTHING, apart_by or NOTHING, (together or NOTHING) + left]
+    each = [said or NOTHING, apart_by or NOTHING, (together or NOTHING) + left]
+    return [named(table, tables), column, _score(best), *each]
 
 
 def _ends(pair: Pair) -> str:
     interval = pair.verdict.interval
-    ends = f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]" if interval else ""
+    ends = (
+        f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]{raised(wording.BOUND * interval.bound)}"
+        if interval
+        else ""
+    )
     return f"{100 * pair.verdict.value:.1f}{ends}{phrases.p_text(pair.verdict)}"
 
 

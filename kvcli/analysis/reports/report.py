@@ -132,7 +132,9 @@ def _short_cell(cell: CellSummary | None, full: CellSummary | None, made: Conten
     value = f"**{value}**" if wording.established(cell) else value
     flags = [f"{wording.MARKS[flag]}{count}/{cell.records}" for flag, count in cell.flags.items()]
     shares = wording.shares(cell, full).values()
-    parts = [value, wording.points_interval(cell.difference.interval), mark(cell, made.judged), *flags, *shares]
+    ends = wording.points_interval(cell.difference.interval)
+    ends += f"<sup>{wording.BOUND}</sup>" * wording.bounded(cell)
+    parts = [value, ends, mark(cell, made.judged), *flags, *shares]
     return " ".join(filter(None, parts))
 
 
@@ -165,7 +167,8 @@ def _difference(change: Difference | None, established: bool) -> str:
     value = wording.points(change.value)
     if established:
         value = f"**{value}**"
-    return f"{value} {wording.points_interval(change.interval)}"
+    bound = change.interval is not None and change.interval.bound
+    return f"{value} {wording.points_interval(change.interval)}{f'<sup>{wording.BOUND}</sup>' * bound}"
 
 
 def _intervals_used(table: TaskTable) -> list[str]:
@@ -200,6 +203,8 @@ def _legend(tables: Sequence[TaskTable]) -> list[str]:
     if any(column.kind == "match" for table in tables for column in table.columns):
         lines[0] += (" *Asked* `= METHOD`: held, prompt by prompt, to the bytes of that method (whole KV pairs, so to "
                      "within half a pair per KV head), which stands beside them.")  # fmt: skip
+    if any(wording.bounded(cell) for table in tables for cell in table.cells()):
+        lines += ["", f"Raised {wording.BOUND_MEANING}."]
     flags = {flag for table in tables for cell in table.cells() for flag in cell.flags}
     meanings = [(wording.MARKS[flag], wording.MEANING[wording.MARKS[flag]]) for flag in wording.MARKS if flag in flags]
     return lines + ["", *(f"- {mark}, {escaped(text)}" for mark, text in meanings)] * bool(meanings)

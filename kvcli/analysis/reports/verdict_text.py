@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from kvcli.analysis.marked import Block, Bullets, Paragraph, Section, code, section, strong, user
 from kvcli.analysis.reports import phrases
+from kvcli.analysis.reports.found import MOST_NAMED, Found, by_method, of_kind, open_points, places
 from kvcli.analysis.reports.naming import told_apart
 from kvcli.analysis.statistics.family import Family
 from kvcli.analysis.statistics.verdicts import Kind, Verdict
-from kvcli.analysis.tables import wording
 from kvcli.analysis.tables.doubts import NOTHING, nothing_to_say, unlike_reference
 from kvcli.analysis.tables.judged import Judged
-from kvcli.analysis.tables.table import CellSummary, TaskTable, dense_twin, joined, twin
+from kvcli.analysis.tables.table import TaskTable, dense_twin, joined, twin
 
 OVER_BUDGET = (
     "Over budget = the method kept more than was asked for. A loss is a loss all the same, but such a cell is not "
     "ranked: compare it with other methods at its measured ratio only."
 )
-MOST_NAMED = 8
-"""So many methods of a task are named with their numbers in one point; the others by name alone."""
-
-SEEN = 0.0005
-"""A difference that is printed as 0.0 points was not seen."""
-
 Item = tuple[str, Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Found:
-    """One cell with its verdict."""
-
-    cell: CellSummary
-    verdict: Verdict
 
 
 def verdict_section(tables: Sequence[TaskTable], judged: Judged) -> Section:
@@ -135,23 +120,26 @@ def _cost(verdict: Verdict, margin: float) -> str:
         return f"cannot be judged, {phrases.lone([verdict])}"
     if verdict.kind in (Kind.LOSS, Kind.GAIN):
         small = ", less than the margin" if verdict.small else ""
-        return f"{_heads(margin)[verdict.kind]} {strong(phrases.magnitude(verdict))}{phrases.p_text(verdict)}{small}"
+        return f"{_heads(margin)[verdict.kind]} {strong(phrases.magnitude(verdict))}{phrases.sure(verdict)}{small}"
     return _heads(margin)[verdict.kind] + (phrases.needs([verdict]) if verdict.kind is Kind.OPEN else "")
 
 
 def _headline(table: TaskTable, found: Sequence[Found], margin: float) -> str:
-    lost = _of(found, Kind.LOSS)
+    lost = of_kind(found, Kind.LOSS)
     if lost and unlike_reference(table):
         return (
             f"a loss is established in {_of_cells(len(lost), len(found))}; methods are not ranked, because full is not "
             "where it was published"
         )
     if lost:
-        own = [f for f in lost if not f.cell.all_fallback] or lost
+        own = [f for f in lost if not f.cell.all_fallback]
+        if not own:
+            return f"a loss is established only where methods fell back: {_beyond(lost)}"
         worst = min(own, key=lambda f: f.verdict.value)
         size = strong(phrases.magnitude(worst.verdict)) + phrases.sure(worst.verdict)
         said = f"loses {size} at {phrases.at(worst.cell)} with {code(worst.cell.label)}{_spread(table, found)}"
-        return said + _beyond([f for f in lost if f not in own and f.verdict.value <= worst.verdict.value])
+        more = _beyond([f for f in lost if f not in own and f.verdict.value <= worst.verdict.value])
+        return said + (f"; as much or more only where methods fell back: {more}" if more else "")
     known = [f for f in found if f.verdict.interval is not None]
     if not known:
         return f"cannot be judged, {phrases.lone([f.verdict for f in found])}"
@@ -163,19 +151,19 @@ def _headline(table: TaskTable, found: Sequence[Found], margin: float) -> str:
     if kinds <= {Kind.UNCHANGED, Kind.NO_LOSS, Kind.GAIN}:
         return f"no loss beyond {within}, {everywhere}"
     if kinds == {Kind.OPEN}:
-        largest = max(known, key=lambda f: abs(f.verdict.value))
-        seen = f"{phrases.signed(largest.verdict)} at {phrases.at(largest.cell)} with {code(largest.cell.label)}"
+        own = [f for f in known if not f.cell.all_fallback] or known
+        largest = max(own, key=lambda f: abs(f.verdict.value))
+        kind = " (simultaneous)" * (largest.verdict.family > 1)
+        seen = f"{phrases.signed(largest.verdict)}{kind} at {phrases.at(largest.cell)} with {code(largest.cell.label)}"
         what = "" if len(known) == 1 else "; the largest difference seen"
         return f"not established{phrases.needs([f.verdict for f in known])}{what}: {seen}"
     return f"no loss established; no loss beyond {within} in some cells, not established in others"
 
 
 def _beyond(found: Sequence[Found]) -> str:
-    """Losses as large in cells in which no output is of the method named."""
-    names = "; ".join(
-        f"{code(name)} {100 * -min(f.verdict.value for f in cells):.1f}" for name, cells in _by_method(found).items()
-    )
-    return f"; as much or more only as fallback, by points: {names}" if names else ""
+    """Losses in cells in which no output is of the method named, the largest of each method."""
+    worst = (min(cells, key=lambda f: f.verdict.value) for cells in by_method(found).values())
+    return "; ".join(f"{code(f.cell.label)} {-100 * f.verdict.value:.1f} points at {phrases.at(f.cell)}" for f in worst)
 
 
 def _of_cells(count: int, whole: int) -> str:
@@ -190,7 +178,7 @@ def _spread(table: TaskTable, found: Sequence[Found]) -> str:
         here = [f for f in found if f.cell.column == column.text]
         if here:
             of = f" of {len(here)} method{'s' * (len(here) != 1)}" * (len(here) != last)
-            places.append(f"at {phrases.asked(here[0].cell)} with {len(_of(here, Kind.LOSS)) or 'none'}{of}")
+            places.append(f"at {phrases.asked(here[0].cell)} with {len(of_kind(here, Kind.LOSS)) or 'none'}{of}")
             last = len(here)
     return f"; established {', '.join(places)}" if len(places) > 1 and len(found) > len(places) else ""
 
@@ -200,50 +188,19 @@ def _points(table: TaskTable, found: Sequence[Found], margin: float) -> list[str
     order = [column.text for column in table.columns]
     points = []
     for kind, head in _heads(margin).items():
-        cells = [f for f in _of(found, kind) if f.verdict.interval is not None]
+        cells = [f for f in of_kind(found, kind) if f.verdict.interval is not None]
         if not cells:
             continue
         if kind is Kind.OPEN:
-            points += _open_points(cells, order)
+            points += open_points(cells, order)
         elif kind in (Kind.LOSS, Kind.GAIN):
             points.append(f"{head}: {_amounts(cells, not unlike_reference(table), order)}.")
         else:
-            points.append(f"{head}: {_places(cells, order)}.")
+            points.append(f"{head}: {places(cells, order)}.")
     alone = [f for f in found if f.verdict.interval is None]
     if alone:
-        points.append(f"cannot be judged ({phrases.lone([f.verdict for f in alone])}): {_places(alone, order)}.")
+        points.append(f"cannot be judged ({phrases.lone([f.verdict for f in alone])}): {places(alone, order)}.")
     return points
-
-
-def _open_points(found: Sequence[Found], order: Sequence[str]) -> list[str]:
-    """What is not established, by what was seen: a loss, a gain, or nothing, of which n says how much it could be."""
-    points = []
-    for sign, head in ((-1, "loss seen, not established"), (1, "gain seen, not established")):
-        cells = [f for f in found if sign * f.verdict.value > SEEN]
-        if cells:
-            points.append(f"{head}{phrases.needs([f.verdict for f in cells])}: {_seen(cells, order)}.")
-    flat = [f for f in found if abs(f.verdict.value) <= SEEN]
-    if flat:
-        most = max(-f.verdict.interval.low for f in flat if f.verdict.interval)
-        excluded = f"a loss of {100 * most:.1f} points is not excluded{phrases.simultaneous(flat[0].verdict)}"
-        needs = phrases.needs([f.verdict for f in flat]).removeprefix(" (").removesuffix(")")
-        points.append(f"no difference seen, not established ({needs}; {excluded}): {_places(flat, order)}.")
-    return points
-
-
-def _seen(found: Sequence[Found], order: Sequence[str]) -> str:
-    """Each method once with what was seen at each size, the largest first."""
-    groups = sorted(_by_method(found).items(), key=lambda g: -max(abs(f.verdict.value) for f in g[1]))
-    named = [
-        f"{code(name)} "
-        + ", ".join(
-            f"{wording.points(f.verdict.value)} at {phrases.at(f.cell)}"
-            for f in sorted(cells, key=lambda f: order.index(f.cell.column))
-        )
-        for name, cells in groups[:MOST_NAMED]
-    ]
-    more = [code(name) for name, _ in groups[MOST_NAMED:]]
-    return "; ".join(named) + (f"; and {', '.join(more)} (tables below)" if more else "")
 
 
 def _heads(margin: float) -> dict[Kind, str]:
@@ -256,7 +213,7 @@ def _heads(margin: float) -> dict[Kind, str]:
 
 def _amounts(found: Sequence[Found], ranked: bool, order: Sequence[str]) -> str:
     """Each method once, the worst first: its largest change in full, then where else."""
-    groups = list(_by_method(found).items())
+    groups = list(by_method(found).items())
     if ranked:
         groups.sort(key=lambda g: -max(abs(f.verdict.value) for f in g[1]))
     named, alike = [], _same_p([f for _, cells in groups for f in cells])
@@ -275,22 +232,3 @@ def _same_p(found: Sequence[Found]) -> str:
     """'adjusted p < 0.001' where it is so of several cells, of all of them: it is said once then. Else empty."""
     texts = {phrases.p_words(f.verdict) for f in found}
     return texts.pop() if len(found) > 1 and len(texts) == 1 else ""
-
-
-def _places(found: Sequence[Found], order: Sequence[str]) -> str:
-    """Methods by the sizes they share."""
-    shared: dict[str, list[str]] = {}
-    for name, cells in _by_method(found).items():
-        shared.setdefault(phrases.where([f.cell for f in cells], order), []).append(code(name))
-    return "; ".join(f"{', '.join(methods)} at {places}" for places, methods in shared.items())
-
-
-def _by_method(found: Sequence[Found]) -> dict[str, list[Found]]:
-    groups: dict[str, list[Found]] = {}
-    for f in found:
-        groups.setdefault(f.cell.label, []).append(f)
-    return groups
-
-
-def _of(found: Sequence[Found], kind: Kind) -> list[Found]:
-    return [f for f in found if f.verdict.kind is kind]

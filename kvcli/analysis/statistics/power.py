@@ -41,7 +41,7 @@ def detectable(found: Difference, level: float = LEVEL) -> float | None:
         return None
     if isinstance(basis, Pairs):
         return _detectable_share(basis.n, basis.discordance, level)
-    if basis.units < signs.fewest_signs(level):
+    if _by_signs(basis) and basis.units < signs.fewest_signs(level):
         return None
     if isinstance(basis, Skewed):
         return _possible((normal_quantile(level) + _beta()) * basis.error)
@@ -117,7 +117,13 @@ def _units(basis: Any, value: float, null: float, level: float) -> int:
     spread = basis.error * math.sqrt(basis.units)
     alike = isinstance(basis, Spread) and basis.alike
     flat = pairs_needed(max(value, 0.0), max(-value, 0.0), null, level) if alike else 0
-    return max(units_needed(spread, value - null, level), flat, 0 if null else signs.fewest_signs(level))
+    fewest = signs.fewest_signs(level) if not null and _by_signs(basis) else 0
+    return max(units_needed(spread, value - null, level), flat, fewest)
+
+
+def _by_signs(basis: Spread | Skewed) -> bool:
+    """Whether so few of these units have the sign-flip test, not t's."""
+    return isinstance(basis, Skewed) or basis.alike or not basis.clustered
 
 
 def pairs_needed(better: float, worse: float, null: float = 0.0, level: float = LEVEL) -> int:

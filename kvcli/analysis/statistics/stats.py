@@ -85,8 +85,9 @@ def paired_difference(compressed: Floats, full: Floats, clusters: Codes | None =
     """Mean of compressed - full on the same samples, its interval and its test.
 
     Clusters: t interval over clusters. 0/1 scores: Tango's interval, mid-p McNemar. Graded scores: BCa bootstrap,
-    or a paired t interval with the reason where differences are too few or nearly all the same. Graded and clustered:
-    the exact sign-flip test of up to 24 units that changed, t's beyond. compressed, full: [n]; clusters: [n].
+    or a paired t interval with the reason where differences are too few or nearly all the same; the exact sign-flip
+    test of up to 24 differences that are not 0, t's beyond. Clusters that nearly all agree have that test too.
+    compressed, full: [n]; clusters: [n].
     """
     difference = compressed - full
     better, worse = int((difference > 0).sum()), int((difference < 0).sum())
@@ -104,26 +105,27 @@ def paired_difference(compressed: Floats, full: Floats, clusters: Codes | None =
     elif codes is None and interval:
         why = f"fewer than {MIN_NONZERO} non-zero differences" if few else "nearly all differences are the same"
         interval = replace(interval, note=f"{why}, so no bootstrap")
-    p, test, by_signs = _test(found, spread.unit_sums(difference, codes)[0])
-    if by_signs and interval and p is not None and p < ALPHA:
+    tested, test, by_signs = _test(found, spread.unit_sums(difference, codes)[0])
+    if by_signs and interval and tested is not None and tested < ALPHA:
         interval = _cut(interval, value)
-    return Difference(value, interval, p, test, n, found.units, better, worse, basis, by_signs)
+    return Difference(value, interval, tested, test, n, found.units, better, worse, basis, by_signs)
 
 
 def _test(found: Spread, parts: Floats) -> tuple[float | None, str, bool]:
     """p, its name, and whether it is by signs. parts: the sum of each unit.
 
     Where nearly all units agree their spread says little of a test too, so signs serve there for any number of units.
+    Other clusters have t: their sums are of many samples, and a few of them could show nothing in a family by signs.
     """
     over = " over clusters" if found.clustered else ""
-    if found.units < 2:
-        return None, f"sign flips{over}", False
+    if found.units < 2 or (found.clustered and not found.alike):
+        return spread.t_p(found), f"t{over}" if over else "paired t", False
     p = signs.sign_flip_p(parts)
     if p is None and found.alike:
         p = signs.sign_flip_bound(parts)
     if p is not None:
         return p, f"sign flips{over}", True
-    return spread.t_p(found), f"t{over}" if over else "paired t", False
+    return spread.t_p(found), "paired t", False
 
 
 def _cut(interval: Interval, value: float) -> Interval:

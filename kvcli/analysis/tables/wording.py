@@ -33,8 +33,8 @@ SHARE_MEANING = {
 
 BOUND = "b"
 BOUND_MEANING = (
-    "b: nearly all samples (or clusters) differ from full by the same amount, so the interval is a worst-case bound and "
-    "wider than its neighbours'; where it ends at 0, the sign-flip test excludes 0"
+    "b: nearly all samples (or clusters) differ by the same amount, so the interval is a worst-case bound, "
+    "wider than others; where it ends at 0, the sign-flip test excludes 0"
 )
 
 
