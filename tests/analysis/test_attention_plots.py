@@ -63,6 +63,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, damage: str) -> N
         load(tmp_path)
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn_in_every_format(tmp_path: Path) -> None:
     before = dict(mpl.rcParams)
     for name in ("a", "b"):
@@ -123,7 +124,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+LARGE = {"four tasks with long names", "seven tasks", "a large model"}
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in LAYOUTS]
+)
 def test_no_text_covers_another_or_leaves_the_figure(layout: str) -> None:
     atlas = made(**LAYOUTS[layout])
     for name, make in figures(atlas, "question"):

@@ -27,6 +27,7 @@ def with_option(command: str, name: str, value: str) -> list[str]:
     return words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_documented_command_can_be_run(command: str, tmp_path: Path, kvcli: Callable[..., Done]) -> None:
     done = kvcli(*with_option(command, "--out", str(tmp_path / "run")), "--dry-run")
