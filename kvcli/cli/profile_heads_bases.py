@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvcli.cli import output
+from kvcli.cli.profile_heads_making import make_folder
 from kvcli.errors import KvcliError
 
 if TYPE_CHECKING:
@@ -43,10 +44,7 @@ def _make(source: ModelSource, asked: Settings, texts: Texts, place: Path, *, fo
     if have is not None and not force:
         output.note(f"{place} was made from these weights with these settings: kept as it is (--force replaces it)")
         return have
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise KvcliError(f"cannot write {place}: {e.strerror}", given=f"--out {place}", fix="another --out") from e
+    make_folder(place)
     with output.progress("calibrating") as bar:
         header, moments = calibrating.measured(
             source, asked, ready, texts, lambda done, total: bar.update(done, total, model=source.text)

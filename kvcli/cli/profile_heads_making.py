@@ -26,15 +26,20 @@ def make(source: ModelSource, asked: Settings, training: Training | None, place:
     if have is not None and not force:
         output.note(f"{place} was made from these weights with these settings: kept as it is (--force replaces it)")
         return have
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise KvcliError(f"cannot write {place}: {e.strerror}", given=f"--out {place}", fix="another --out") from e
+    make_folder(place)
     made = _measured(source, asked, ready) if training is None else _trained(source, asked, ready, training)
     (write_profile if training is None else write_gates)(made, place)
     if have is not None:
         output.note(f"{place} is replaced: it held head profile {have.digest}")
     return made
+
+
+def make_folder(place: Path) -> None:
+    """The folder of a file to be written. Raises KvcliError where it cannot be made."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise KvcliError(f"cannot write {place}: {e.strerror}", given=f"--out {place}", fix="another --out") from e
 
 
 def _described(asked: Settings, ready: Ready, training: Training | None) -> dict[str, object]:
